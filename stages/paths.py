@@ -1,0 +1,45 @@
+"""Where everything lies, relative to the repository's top folder; dvc.yaml names the same places."""
+
+from pathlib import Path
+
+REPORTS = Path("reports")
+METRICS = REPORTS / "metrics.json"
+
+
+def source_folder(dataset: str) -> Path:
+    """What the user or the repository provides: annotation.csv, or train/CLASS/* and test/CLASS/*."""
+    return Path("dataset") / dataset / "source"
+
+
+def download_folder(dataset: str) -> Path:
+    return Path("dataset") / dataset / "download"
+
+
+def weights_folder(dataset: str) -> Path:
+    return Path("dataset") / dataset / "weights"
+
+
+def images_folder(dataset: str) -> Path:
+    """train/CLASS/* and test/CLASS/*, as `prepare` arranged them."""
+    return Path("dataset") / dataset / "images"
+
+
+def index_file(dataset: str) -> Path:
+    """One row per image: split, class, file and md5; what training depends on."""
+    return Path("dataset") / dataset / "index.csv"
+
+
+def run_folder(dataset: str, variant: str, seed: int) -> Path:
+    return Path("runs") / dataset / variant / str(seed)
+
+
+def log_folder(dataset: str, variant: str, seed: int) -> Path:
+    return Path("logs") / dataset / variant / str(seed)
+
+
+def result_file(dataset: str, variant: str, seed: int) -> Path:
+    return Path("results") / dataset / variant / f"{seed}.json"
+
+
+def report_folder(dataset: str) -> Path:
+    return REPORTS / dataset
