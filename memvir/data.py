@@ -1,0 +1,217 @@
+"""From decoded pixels to training batches on the device.
+
+All randomness is a function of (seed, epoch, sample): the order of an epoch is drawn from (seed, epoch), an image's
+augmentation from (seed, epoch, image). So batches do not depend on the number of workers, and resuming at any batch
+of any epoch needs no loader state.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional
+from torch.utils.data import DataLoader, Dataset
+
+from memvir.config import Affine, RandomResizedCrop
+from memvir.config import Images as ImageSettings
+from memvir.pixels import Images, PixelStore
+
+ORDER, AUGMENTATION = 0, 1  # what a random stream is for
+
+
+def random_stream(*key: int) -> np.random.Generator:
+    """An independent random generator for each key, the same on every machine."""
+    return np.random.Generator(np.random.PCG64(np.random.SeedSequence(key)))
+
+
+def epoch_batches(labels: np.ndarray, batch_size: int, images_per_class: int, seed: int, epoch: int) -> list[np.ndarray]:
+    """The image indices of each batch of an epoch.
+
+    images_per_class 1: a shuffle of all images; the last batch is smaller and nothing is dropped.
+    More: each batch holds batch_size / images_per_class classes with so many images each (fewer classes in the last
+    ones); every image appears at least once an epoch, and a class that does not divide evenly repeats some of its own.
+    """
+    stream = random_stream(seed, epoch, ORDER)
+    if images_per_class == 1:
+        order = stream.permutation(len(labels))
+        return np.split(order, range(batch_size, len(order), batch_size))
+    groups: list[list[np.ndarray]] = []  # per class, its images in groups of images_per_class
+    for label in np.unique(labels):
+        images = stream.permutation(np.flatnonzero(labels == label))
+        images = np.resize(images, math.ceil(len(images) / images_per_class) * images_per_class)  # wraps around
+        groups.append(np.split(images, len(images) // images_per_class))
+    batches = []
+    while any(groups):
+        # the classes with most groups left go first, so that classes of unequal size end together
+        left = np.array([len(group) for group in groups])
+        first = np.lexsort((stream.random(len(left)), -left))[: batch_size // images_per_class]
+        batches.append(np.concatenate([groups[c].pop() for c in first if groups[c]]))
+    return [batches[i] for i in stream.permutation(len(batches))]
+
+
+class Normalise:
+    """uint8 (B, H, W[, 3]) or (B, C, H, W) pixels on the device -> float (B, C, H, W) network input."""
+
+    def __init__(self, images: ImageSettings, device: torch.device) -> None:
+        self.scale = images.value_range / 255
+        self.mean = torch.tensor(images.mean, device=device).view(1, -1, 1, 1)
+        self.std = torch.tensor(images.std, device=device).view(1, -1, 1, 1)
+
+    def __call__(self, pixels: Tensor) -> Tensor:
+        return (pixels.float() * self.scale - self.mean) / self.std
+
+
+class TrainImages(Protocol):
+    """Yields (images (B, C, S, S) float, labels (B,) int64), both on the device."""
+
+    def batches(self, batches: Sequence[np.ndarray], epoch: int) -> Iterator[tuple[Tensor, Tensor]]: ...
+
+
+class ResidentImages:
+    """Small images of one size, all on the device; random affine maps are applied to whole batches."""
+
+    def __init__(
+        self, images: Images, labels: np.ndarray, settings: ImageSettings, seed: int, device: torch.device
+    ) -> None:
+        pixels = torch.from_numpy(_stack(images))  # (images, S, S[, 3])
+        pixels = pixels[:, None] if pixels.ndim == 3 else pixels.permute(0, 3, 1, 2).contiguous()
+        self.pixels = pixels.to(device)  # (images, C, S, S) uint8
+        self.labels = torch.from_numpy(labels).to(device)
+        self.normalise = Normalise(settings, device)
+        assert isinstance(settings.train, Affine)
+        self.augmentation = settings.train
+        self.seed = seed
+        self.device = device
+
+    def batches(self, batches: Sequence[np.ndarray], epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
+        maps = affine_maps(self.augmentation, random_stream(self.seed, epoch, AUGMENTATION), len(self.labels))
+        maps = maps.to(self.device, non_blocking=True)
+        for batch in batches:
+            chosen = torch.from_numpy(batch).to(self.device, non_blocking=True)
+            images = self.normalise(self.pixels[chosen])
+            grid = functional.affine_grid(maps[chosen], list(images.shape), align_corners=False)
+            yield functional.grid_sample(images, grid, padding_mode="border", align_corners=False), self.labels[chosen]
+
+
+def affine_maps(settings: Affine, stream: np.random.Generator, count: int) -> Tensor:
+    """`count` random maps (count, 2, 3) from output to input coordinates, as torch's affine_grid takes them.
+
+    The input is sheared and rotated, zoomed, shifted and perhaps mirrored about the centre; row i is image i's.
+    """
+    u = stream.random((count, 6))
+    angle, shear = np.deg2rad((u[:, :2] * 2 - 1) * [settings.rotate, settings.shear]).T
+    zoom = settings.scale[0] + u[:, 2] * (settings.scale[1] - settings.scale[0])
+    shift = (u[:, 3:5] * 2 - 1) * 2 * settings.shift  # coordinates run from -1 to 1
+    mirror = np.where(u[:, 5] < settings.flip, -1.0, 1.0)
+    cos, sin, tan = np.cos(angle), np.sin(angle), np.tan(shear)
+    maps = np.stack(
+        [
+            np.stack([mirror * cos, mirror * (cos * tan - sin), shift[:, 0]], axis=1),
+            np.stack([sin, sin * tan + cos, shift[:, 1]], axis=1),
+        ],
+        axis=1,
+    )
+    maps[:, :, :2] /= zoom[:, None, None]
+    return torch.from_numpy(maps.astype(np.float32))
+
+
+class CroppedImages(Dataset):
+    """Random resized crops; an item is addressed by (epoch, image), so that workers hold no state."""
+
+    def __init__(self, images: Images, labels: np.ndarray, settings: ImageSettings, seed: int) -> None:
+        from torchvision.transforms import v2  # late: a second that the resident path need not pay
+
+        crop = settings.train
+        assert isinstance(crop, RandomResizedCrop)
+        self.transform = v2.Compose(
+            [
+                v2.RandomResizedCrop(settings.size, scale=crop.scale, ratio=crop.ratio, antialias=True),
+                v2.RandomHorizontalFlip(crop.flip),
+            ]
+        )
+        self.images, self.labels, self.seed = images, labels, seed
+
+    def __getitem__(self, item: tuple[int, int]) -> tuple[Tensor, int]:
+        epoch, index = item
+        pixels = np.array(self.images[index])  # (H, W[, 3]); a copy, as a memory map is read-only
+        image = torch.from_numpy(pixels).reshape(*pixels.shape[:2], -1).permute(2, 0, 1)
+        state = torch.get_rng_state()
+        torch.default_generator.manual_seed(int(random_stream(self.seed, epoch, AUGMENTATION, index).integers(2**63)))
+        image = self.transform(image)
+        torch.set_rng_state(state)
+        return image, int(self.labels[index])
+
+
+class LoadedImages:
+    """Images of any size, cropped in worker processes and normalised on the device."""
+
+    def __init__(
+        self,
+        images: Images,
+        labels: np.ndarray,
+        settings: ImageSettings,
+        seed: int,
+        device: torch.device,
+        workers: int,
+        channels_last: bool,
+    ) -> None:
+        self.dataset = CroppedImages(images, labels, settings, seed)
+        self.normalise = Normalise(settings, device)
+        self.device = device
+        self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
+        self.sampler = _Batches()
+        self.loader: DataLoader = DataLoader(
+            self.dataset,
+            batch_sampler=self.sampler,
+            num_workers=workers,
+            persistent_workers=workers > 0,
+            pin_memory=device.type == "cuda",
+            prefetch_factor=4 if workers else None,
+        )
+
+    def batches(self, batches: Sequence[np.ndarray], epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
+        self.sampler.batches = [[(epoch, int(i)) for i in batch] for batch in batches]
+        for pixels, labels in self.loader:
+            pixels = pixels.to(self.device, non_blocking=True, memory_format=self.memory_format)
+            yield self.normalise(pixels), labels.to(self.device, non_blocking=True)
+
+
+class _Batches:
+    """A batch sampler whose content the next epoch replaces while the workers live on."""
+
+    batches: list[list[tuple[int, int]]] = []
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        return iter(self.batches)
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+
+class TestImages:
+    """Test images after their deterministic crop, in the order of the index."""
+
+    __test__ = False  # not a test case, whatever pytest thinks of its name
+
+    def __init__(self, images: Images, settings: ImageSettings, device: torch.device) -> None:
+        self.images, self.device = images, device
+        self.normalise = Normalise(settings, device)
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def batches(self, batch_size: int = 256) -> Iterator[Tensor]:
+        """Float images (b, C, S, S) on the device."""
+        for start in range(0, len(self), batch_size):
+            stop = min(start + batch_size, len(self))
+            pixels = torch.from_numpy(np.stack([self.images[i] for i in range(start, stop)])).to(self.device)
+            yield self.normalise(pixels[:, None] if pixels.ndim == 3 else pixels.permute(0, 3, 1, 2))
+
+
+def _stack(images: Images) -> np.ndarray:
+    if isinstance(images, PixelStore):
+        return np.array(images.stacked())
+    return np.stack([images[i] for i in range(len(images))])
