@@ -11,10 +11,11 @@ from typing import Any, BinaryIO
 
 
 @contextlib.contextmanager
-def atomic_write(path: Path) -> Iterator[BinaryIO]:
+def atomic_write(path: Path, keep: Path | None = None) -> Iterator[BinaryIO]:
     """Open a temporary file beside `path`; on success flush it to disk and rename it to `path`.
 
-    On an exception (disk full, interrupt) the temporary file is removed and `path` stays as it was.
+    On an exception (disk full, interrupt) the temporary file is removed and `path` stays as it was. `keep` names where
+    the file that `path` replaces goes; without it that file is gone.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
@@ -24,6 +25,8 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
             file.flush()
             os.fsync(file.fileno())
         os.chmod(name, 0o666 & ~_umask())  # mkstemp makes files private; these are ordinary outputs
+        if keep is not None and path.exists():
+            os.replace(path, keep)
         os.replace(name, path)
     except BaseException:
         with contextlib.suppress(OSError):
