@@ -1,6 +1,12 @@
 """Where everything lies, relative to the repository's top folder; dvc.yaml names the same places."""
 
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+from memvir.config import Params
+
+if TYPE_CHECKING:
+    from memvir.runs import RunFiles
 
 REPORTS = Path("reports")
 METRICS = REPORTS / "metrics.json"
@@ -43,3 +49,17 @@ def result_file(dataset: str, variant: str, seed: int) -> Path:
 
 def report_folder(dataset: str) -> Path:
     return REPORTS / dataset
+
+
+def run_files(params: Params, dataset: str, variant: str, seed: int) -> "RunFiles":
+    """Everything that training or evaluating a run reads and writes."""
+    from memvir.runs import RunFiles  # late: it imports torch
+
+    return RunFiles(
+        index=index_file(dataset),
+        images=images_folder(dataset),
+        weights=weights_folder(dataset),
+        run=run_folder(dataset, variant, seed),
+        logs=log_folder(dataset, variant, seed),
+        scratch=Path(params.runtime.scratch),
+    )
