@@ -1,0 +1,313 @@
+"""MemVir: past steps' embeddings and proxies as virtual classes (Ko, Gu, Kim, ICCV 2021), exactly, in O(N) per step.
+
+At step t the loss sees, besides its B embeddings and C proxies, those of the N past steps t - k(M+1), k = 1..N, as
+constants; the k-th contributes C classes of its own: a past embedding of label y has label y + k*C. Written out, that
+is a matrix of (N+1)B x (N+1)C logits per step, O(N^2). But a logit between two past steps never changes, and the steps
+selected at t are selected again at t + (M+1), all but the oldest, with t itself. So each residue class of t mod (M+1) is
+a ring of N slots, one per step, which keeps for each slot i and slot j the log-sum-exp of every row in i over the
+columns in j, and each step computes only the two strips that hold something new:
+
+    lse(current row) = logsumexp(own columns, columns of slot 1, ..., columns of slot N)     B x NC logits, new
+    lse(past row)    = logaddexp(current columns, logsumexp(cached lse of slots 1..N))      NB x C logits, new
+
+Both strips' log-sum-exps per slot are the next turn's cache. Rows are the loss's anchors and columns what they are
+compared with: embeddings and proxies, or for Proxy-Anchor proxies and embeddings. Notation: B embeddings in a step, C
+classes, D dimensions, A anchors (B or C), n <= N slots in use, R rows, K columns of a block.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.func import functional_call
+
+from memvir.errors import UserError
+from memvir.losses import MASKED, ProxyLoss, without_autocast
+
+
+class MemVir(nn.Module):
+    """A proxy loss with virtual classes from memory: forward(embeddings (B, D), labels (B,)) -> scalar.
+
+    Args:
+        loss: one of `memvir.losses`, or any module with a parameter `proxies` (C, D) and the same forward that takes
+            the number of classes from the proxies' shape; such a one works unmodified, by concatenation in O(N^2).
+        num_steps: N, how many past steps become virtual classes; 0 is the plain loss.
+        step_gap: M, how many steps are left out between two selected ones.
+        storage_dtype: how stored embeddings and proxies are kept: "float32", "bfloat16" or a torch dtype;
+            by default the type that the loss computes in. Arithmetic is in at least float32 in any case.
+        concatenate: take the O(N^2) way of the definition for every loss.
+
+    While `enabled` is False (warm-up), and in eval mode, this is the plain loss: nothing is stored or used. The memory
+    is allocated at the first step, grows if a later batch is larger, and is all in state_dict(). As with any module
+    that keeps what it has seen, call backward() before the next forward().
+    """
+
+    def __init__(
+        self,
+        loss: nn.Module,
+        num_steps: int,
+        step_gap: int,
+        storage_dtype: str | torch.dtype | None = None,
+        concatenate: bool = False,
+    ):
+        super().__init__()
+        if num_steps < 0 or step_gap < 0:
+            raise UserError(f"MemVir needs num_steps and step_gap of 0 or more, not {num_steps} and {step_gap}")
+        if not isinstance(getattr(loss, "proxies", None), nn.Parameter):
+            raise UserError(f"MemVir needs a loss with a parameter `proxies` (C, D); {type(loss).__name__} has none")
+        if isinstance(storage_dtype, str):
+            storage_dtype = getattr(torch, storage_dtype, storage_dtype)
+        if storage_dtype is not None and not getattr(storage_dtype, "is_floating_point", False):
+            raise UserError(f"MemVir's storage_dtype is float32 or bfloat16, not {storage_dtype!r}")
+        self.loss = loss
+        self.num_steps = num_steps
+        self.step_gap = step_gap
+        self.dtype = torch.promote_types(loss.proxies.dtype, torch.float32)
+        self.storage_dtype = storage_dtype or self.dtype
+        self.concatenate = concatenate or not isinstance(loss, ProxyLoss)
+        self.enabled = True
+        self._step = 0  # steps stored so far, the pending one included
+        self._slots_used = 0  # n of the last forward
+        self._sizes = [[0] * num_steps for _ in range(step_gap + 1)]  # embeddings in each slot
+        self._pending: dict[str, Tensor] = {}  # what the last step leaves, written at the start of the next
+        for name in self._layout(0):
+            self.register_buffer(name, None)
+
+    @property
+    def proxies(self) -> nn.Parameter:
+        return self.loss.proxies
+
+    @property
+    def num_virtual_classes(self) -> int:
+        """How many virtual classes the last forward used."""
+        return self._slots_used * len(self.proxies)
+
+    @property
+    def num_virtual_embeddings(self) -> int:
+        """How many past embeddings the last forward used."""
+        residue, _ = self._place(self._step - 1)
+        return sum(self._sizes[residue][: self._slots_used])
+
+    def forward(self, embeddings: Tensor, labels: Tensor) -> Tensor:
+        if not (self.enabled and self.training and self.num_steps):
+            self._slots_used = 0
+            return self.loss(embeddings, labels)
+        with torch.no_grad():
+            self._commit()
+            self._reserve(len(embeddings), embeddings.device)
+        residue, turn = self._place(self._step)
+        self._slots_used = min(turn, self.num_steps)
+        self._step += 1
+        with without_autocast(embeddings.device):
+            compute = self._concatenated if self.concatenate else self._two_strips
+            return compute(embeddings, labels, residue, self._slots_used)
+
+    def steps_in_use(self) -> list[tuple[int, Tensor, Tensor, Tensor]]:
+        """The past steps that the last forward used, newest first: (k, embeddings (b, D), labels (b,), proxies (C, D)).
+
+        k counts from 1: the step was k(M+1) steps before the last one.
+        """
+        residue, turn = self._place(self._step - 1)
+        steps = []
+        for k in range(1, self._slots_used + 1):
+            slot = (turn - k) % self.num_steps
+            size = self._sizes[residue][slot]
+            embeddings = self.past_embeddings[residue, slot, :size].to(self.dtype)
+            proxies = self.past_proxies[residue, slot].to(self.dtype)
+            steps.append((k, embeddings, self.past_labels[residue, slot, :size], proxies))
+        return steps
+
+    # --- the loss ----------------------------------------------------------------------------------------------------
+
+    def _two_strips(self, embeddings: Tensor, labels: Tensor, residue: int, n: int) -> Tensor:
+        """The O(N) way: see the top of this file."""
+        loss = self.loss
+        embeddings, proxies = loss.inputs(embeddings)  # (B, D), (C, D)
+        own, positive, counted = loss.block(embeddings, proxies, labels)  # (A,) each
+        self._pend(embeddings, labels, proxies)
+        self._pending |= {"past_positive": positive.detach(), "past_counted": counted, "own": own.detach()}
+        if n == 0:
+            return loss.combine(own, positive, counted)
+
+        past_embeddings = self.past_embeddings[residue, :n].flatten(0, 1).to(self.dtype)  # (nB, D), a view
+        past_proxies = self.past_proxies[residue, :n].flatten(0, 1).to(self.dtype)  # (nC, D), a view
+        if loss.anchors_are_proxies:
+            anchors, others, past_anchors, past_others = proxies, embeddings, past_proxies, past_embeddings
+            padding = MASKED * (self.past_labels[residue, :n].flatten() < 0)  # (nB,): the end of a short batch
+        else:
+            anchors, others, past_anchors, past_others = embeddings, proxies, past_embeddings, past_proxies
+            padding = None
+        across = block_logsumexp(loss.factor * anchors, past_others, n, padding)  # (A, n)
+        down = block_logsumexp(past_anchors, loss.factor * others, 1).view(n, -1)  # (n, A)
+        self._pending |= {"across": across.detach(), "down": down.detach()}
+
+        current = torch.cat([own[:, None], across], 1).logsumexp(1)  # (A,)
+        past = torch.logaddexp(down, self.block_lse[residue, :n, :, :n].logsumexp(2))  # (n, A)
+        return loss.combine(
+            torch.cat([current, past.flatten()]),
+            torch.cat([positive, self.past_positive[residue, :n].flatten()]),
+            torch.cat([counted, self.past_counted[residue, :n].flatten()]),
+        )
+
+    def _concatenated(self, embeddings: Tensor, labels: Tensor, residue: int, n: int) -> Tensor:
+        """The definition, for a loss of any kind: one call with everything, O(N^2) logits."""
+        embeddings = embeddings.to(self.dtype)
+        self._pend(embeddings, labels, self.proxies)
+        num_classes = len(self.proxies)
+        steps = self.steps_in_use()
+        return functional_call(
+            self.loss,
+            {"proxies": torch.cat([self.proxies, *(proxies for _, _, _, proxies in steps)])},  # ((n+1)C, D)
+            (
+                torch.cat([embeddings, *(past for _, past, _, _ in steps)]),  # ((n+1)B, D)
+                torch.cat([labels, *(past + k * num_classes for k, _, past, _ in steps)]),
+            ),
+        )
+
+    # --- the ring ----------------------------------------------------------------------------------------------------
+
+    def _place(self, step: int) -> tuple[int, int]:
+        """The residue class that a step belongs to, and its turn there; its slot is turn % N."""
+        turn, residue = divmod(step, self.step_gap + 1)
+        return residue, turn
+
+    def _layout(self, batch_size: int) -> dict[str, tuple[tuple[int, ...], torch.dtype, int]]:
+        """Shape, type and padding of each buffer."""
+        num_classes, dim = self.proxies.shape
+        slots = (self.step_gap + 1, self.num_steps)
+        layout = {
+            "past_embeddings": ((*slots, batch_size, dim), self.storage_dtype, 0),
+            "past_labels": ((*slots, batch_size), torch.int64, -1),
+            "past_proxies": ((*slots, num_classes, dim), self.storage_dtype, 0),
+        }
+        if not self.concatenate:
+            num_anchors = num_classes if self.loss.anchors_are_proxies else batch_size
+            layout |= {
+                "past_positive": ((*slots, num_anchors), self.dtype, 0),
+                "past_counted": ((*slots, num_anchors), torch.bool, 0),
+                # [residue, i, a, j]: log-sum-exp of anchor a of slot i over the others of slot j
+                "block_lse": ((*slots, num_anchors, self.num_steps), self.dtype, 0),
+            }
+        return layout
+
+    def _reserve(self, batch_size: int, device: torch.device) -> None:
+        """Allocate the memory for steps of up to `batch_size` embeddings, keeping what it holds."""
+        if self.past_labels is not None and batch_size <= self.past_labels.shape[2]:
+            return
+        for name, (shape, dtype, padding) in self._layout(batch_size).items():
+            held, new = getattr(self, name), torch.full(shape, padding, dtype=dtype, device=device)
+            if held is not None:
+                new[tuple(slice(length) for length in held.shape)] = held
+            setattr(self, name, new)
+
+    def _pend(self, embeddings: Tensor, labels: Tensor, proxies: Tensor) -> None:
+        """Keep this step for `_commit`. Copies, since the caller's tensors and the parameter change in place."""
+        self._pending = {
+            "past_embeddings": embeddings.detach().to(self.storage_dtype, copy=True),
+            "past_labels": labels.clone(),
+            "past_proxies": proxies.detach().to(self.storage_dtype, copy=True),
+        }
+
+    def _commit(self) -> None:
+        """Write the pending step into its slot, over the oldest of its residue class.
+
+        Not at the end of its own step: the slot is part of what that step's backward() needs.
+        """
+        if not self._pending:
+            return
+        pending, self._pending = self._pending, {}
+        residue, turn = self._place(self._step - 1)
+        slot, n = turn % self.num_steps, min(turn, self.num_steps)
+        self._sizes[residue][slot] = len(pending["past_labels"])
+        for name, (_, _, padding) in self._layout(0).items():
+            if name == "block_lse":
+                continue
+            target, value = getattr(self, name)[residue, slot], pending[name]
+            target[: len(value)] = value
+            if len(value) < len(target):
+                target[len(value) :] = padding
+        if not self.concatenate:
+            block_lse, num_anchors = self.block_lse[residue], len(pending["own"])
+            if n:
+                block_lse[:n, :, slot] = pending["down"]
+                block_lse[slot, :num_anchors, :n] = pending["across"]
+            block_lse[slot, :num_anchors, slot] = pending["own"]
+
+    # --- saving ------------------------------------------------------------------------------------------------------
+
+    def _settings(self) -> dict[str, str | int]:
+        """What a memory must have in common with the module that it is loaded into."""
+        num_classes, dim = self.proxies.shape
+        return {
+            "num_steps (N)": self.num_steps,
+            "step_gap (M)": self.step_gap,
+            "number of classes (C)": num_classes,
+            "embedding dimension (D)": dim,
+            "storage_dtype": str(self.storage_dtype),
+            "concatenate": self.concatenate,
+            "loss": repr(self.loss),  # the cached log-sum-exps hold its scale and margin
+        }
+
+    def get_extra_state(self) -> dict:
+        return {
+            "settings": self._settings(),
+            "step": self._step,
+            "slots_used": self._slots_used,
+            "sizes": [list(sizes) for sizes in self._sizes],
+            "pending": dict(self._pending),
+        }
+
+    def set_extra_state(self, state: dict) -> None:
+        self._step = state["step"]
+        self._slots_used = state["slots_used"]
+        self._sizes = [list(sizes) for sizes in state["sizes"]]
+        self._pending = dict(state["pending"])
+
+    def _load_from_state_dict(self, state_dict, prefix, *args):
+        """Allocates what the state holds, so that a module which has seen no batch yet loads it strictly."""
+        extra = state_dict.get(prefix + "_extra_state")
+        if extra is not None:
+            theirs, ours = extra["settings"], self._settings()
+            for setting, value in ours.items():
+                if theirs[setting] != value:
+                    raise UserError(
+                        f"this state of MemVir was saved with {setting} {theirs[setting]}, not {value}; "
+                        "build the module with the same settings, or train anew"
+                    )
+            for name in self._layout(0):
+                setattr(self, name, None)
+            if prefix + "past_labels" in state_dict:
+                self._reserve(state_dict[prefix + "past_labels"].shape[2], self.proxies.device)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+class _BlockLogSumExp(torch.autograd.Function):
+    """See block_logsumexp. By hand because autograd would keep three matrices of logits where one will do."""
+
+    @staticmethod
+    def forward(ctx, rows: Tensor, columns: Tensor, num_blocks: int, padding: Tensor | None) -> Tensor:
+        logits = rows @ columns.T  # (R, D) @ (D, nK) -> (R, nK)
+        if padding is not None:
+            logits += padding
+        logits = logits.unflatten(1, (num_blocks, -1))  # (R, n, K)
+        highest = logits.amax(2, keepdim=True)  # (R, n, 1)
+        exponentials = logits.sub_(highest).exp_()
+        total = exponentials.sum(2, keepdim=True)
+        ctx.save_for_backward(rows, columns, exponentials, total)
+        return (total.log() + highest).squeeze(2)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient: Tensor):
+        rows, columns, exponentials, total = ctx.saved_tensors
+        softmax = (exponentials * (gradient[:, :, None] / total)).flatten(1)  # (R, nK), times the gradient
+        return (
+            softmax @ columns if ctx.needs_input_grad[0] else None,
+            softmax.T @ rows if ctx.needs_input_grad[1] else None,
+            None,
+            None,
+        )
+
+
+def block_logsumexp(rows: Tensor, columns: Tensor, num_blocks: int, padding: Tensor | None = None) -> Tensor:
+    """log-sum-exp of rows (R, D) against each of n blocks of K columns (nK, D), plus padding (nK,): -> (R, n)."""
+    return _BlockLogSumExp.apply(rows, columns, num_blocks, padding)
