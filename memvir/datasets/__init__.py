@@ -1,0 +1,13 @@
+"""Where images come from: each source knows how to fetch its files and how to arrange them by split and class.
+
+A source is a module with two functions:
+    download(data, source, target): fill `target` (dataset/D/download), with source.json saying what was used
+    prepare(data, source, download, images, index): fill images/{train,test}/CLASS/* and write index.csv
+"""
+
+from memvir.datasets import glyphs
+from memvir.datasets.index import read_index
+
+SOURCES = {"glyphs": glyphs}
+
+__all__ = ["SOURCES", "read_index"]
