@@ -178,7 +178,9 @@ class Model(Section):
             if self.backbone == "convnet":
                 raise ValueError("there are no ImageNet weights for convnet: write pretrained: none")
             if self.backbone == "bn_inception" and self.weights is None:
-                raise ValueError("weights is missing: bn_inception with pretrained: imagenet needs addresses and sha256")
+                raise ValueError(
+                    "weights is missing: bn_inception with pretrained: imagenet needs addresses and sha256"
+                )
         return self
 
 
@@ -266,7 +268,9 @@ class Loss(Section):
     def _options_apply(self) -> "Loss":
         for option in self.options:
             if option not in OPTIONS[self.name]:
-                raise ValueError(f"{option} is not an option of {self.name} ({', '.join(OPTIONS[self.name]) or 'none'})")
+                raise ValueError(
+                    f"{option} is not an option of {self.name} ({', '.join(OPTIONS[self.name]) or 'none'})"
+                )
         return self
 
     @property
@@ -495,20 +499,19 @@ def _validate(section: type[Section], raw: Any, prefix: str) -> Any:
 def _one_line(error: ValidationError, raw: Any, prefix: str) -> str:
     first = error.errors(include_url=False)[0]
     keys: list[str] = [prefix] if prefix else []
-    place, siblings = raw, raw
+    place = raw
     for position, part in enumerate(first["loc"]):
         found = isinstance(place, dict) and part in place
         found = found or (isinstance(place, (list, tuple)) and isinstance(part, int) and part < len(place))
         if found:
-            siblings, place = place, place[part]
+            place = place[part]
         elif position < len(first["loc"]) - 1 or part == "[key]":
             continue  # the name of a union's member, which is not a key of the file
         if part != "recipes":
             keys.append(str(part))
     key = ".".join(keys) or "params"
     if first["type"] == "extra_forbidden":
-        names = [str(name) for name in (siblings if isinstance(siblings, dict) else {})]
-        return f"{key}: unknown key{_suggest(str(first['loc'][-1]), _field_names() - set(names))}"
+        return f"{key}: unknown key{_suggest(str(first['loc'][-1]), _field_names())}"
     if first["type"] == "missing":
         return f"{key}: missing"
     message = first["msg"].removeprefix("Value error, ")

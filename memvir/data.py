@@ -27,7 +27,9 @@ def random_stream(*key: int) -> np.random.Generator:
     return np.random.Generator(np.random.PCG64(np.random.SeedSequence(key)))
 
 
-def epoch_batches(labels: np.ndarray, batch_size: int, images_per_class: int, seed: int, epoch: int) -> list[np.ndarray]:
+def epoch_batches(
+    labels: np.ndarray, batch_size: int, images_per_class: int, seed: int, epoch: int
+) -> list[np.ndarray]:
     """The image indices of each batch of an epoch.
 
     images_per_class 1: a shuffle of all images; the last batch is smaller and nothing is dropped.

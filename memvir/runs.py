@@ -70,7 +70,9 @@ def train_run(run: Run, runtime: Runtime, files: RunFiles) -> None:
             trainer.load_state_dict(state)
             log.info("%s: continuing at epoch %d", run.name, trainer.epoch)
         board = TensorBoardLog(files.logs, run, trainer.history)
-        with Progress(run.name, run.training.epochs, runtime, lambda t: board.add_epoch(t.history.rows[-1])) as progress:
+        with Progress(
+            run.name, run.training.epochs, runtime, lambda t: board.add_epoch(t.history.rows[-1])
+        ) as progress:
             try:
                 trainer.train(checkpoint, progress)
             except Interrupted:

@@ -60,7 +60,9 @@ class Trainer:
         weights: the pretrained weight file, or None.
     """
 
-    def __init__(self, run: Run, data: TrainingData, device: torch.device, weights: Path | None, runtime: Runtime) -> None:
+    def __init__(
+        self, run: Run, data: TrainingData, device: torch.device, weights: Path | None, runtime: Runtime
+    ) -> None:
         torch.manual_seed(run.seed)
         self.run, self.data, self.device = run, data, device
         settings = run.training
