@@ -5,9 +5,9 @@ A source is a module with two functions:
     prepare(data, source, download, images, index): fill images/{train,test}/CLASS/* and write index.csv
 """
 
-from memvir.datasets import glyphs
+from memvir.datasets import cars196, folder, glyphs
 from memvir.datasets.index import read_index
 
-SOURCES = {"glyphs": glyphs}
+SOURCES = {"glyphs": glyphs, "cars196": cars196, "folder": folder}
 
 __all__ = ["SOURCES", "read_index"]

@@ -36,7 +36,7 @@ class ImageClass:
 
 
 def file_name(text: str) -> str:
-    """`text` with everything but letters, digits and . + - _ replaced, so that no shell and no path stumbles over it."""
+    """`text` with all but letters, digits and . + - _ replaced: no shell and no path stumbles over it."""
     return re.sub(r"[^A-Za-z0-9.+_-]+", "_", text).strip("_.") or "_"
 
 

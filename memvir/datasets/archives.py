@@ -10,6 +10,7 @@ import contextlib
 import gzip
 import io
 import lzma
+import os
 import re
 import stat
 import tarfile
@@ -77,9 +78,12 @@ def open_archive(path: Path) -> Iterator[Archive]:
 class Tar:
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._files: list[File] | None = None
 
     def files(self) -> list[File]:
-        return [File(name, member.size) for name, member, _ in self._members()]
+        if self._files is None:  # reading it means decompressing everything
+            self._files = [File(name, member.size) for name, member, _ in self._members()]
+        return self._files
 
     def contents(self) -> Iterator[tuple[str, bytes]]:
         for name, member, tar in self._members():
@@ -98,7 +102,7 @@ class Tar:
             tarfile.open(fileobj=_Bounded(plain, guard.limit, self.path), mode="r:") as tar,  # type: ignore[arg-type]
         ):
             for member in tar:
-                tar.members = []  # tarfile would keep them all
+                tar.members = []  # type: ignore[attr-defined]  # tarfile would keep them all
                 if member.isdir():
                     guard.check_name(member.name)
                     continue
@@ -106,7 +110,7 @@ class Tar:
                     guard.refuse(member.name, f"is {_kind(member)}, not a file")
                 guard.check(member.name, member.size)
                 tarfile.data_filter(member, "/nowhere")  # Python's own opinion on what is safe
-                if not _is_clutter(member.name):
+                if not is_clutter(member.name):
                     yield member.name.removeprefix("./"), member, tar
 
 
@@ -139,11 +143,13 @@ class Zip:
             if member.flag_bits & 1:
                 guard.refuse(name, "is encrypted")
             guard.check(name, member.file_size)
-            if not _is_clutter(name):
+            if not is_clutter(name):
                 yield name.removeprefix("./"), member
 
 
 class Folder:
+    """A folder's files, through links to folders elsewhere."""
+
     def __init__(self, path: Path) -> None:
         self.path = path
 
@@ -151,10 +157,23 @@ class Folder:
         return [File(name, path.stat().st_size) for name, path in self.contents()]
 
     def contents(self) -> Iterator[tuple[str, Path]]:
-        for path in sorted(self.path.rglob("*")):
-            name = path.relative_to(self.path).as_posix()
-            if path.is_file() and not _is_clutter(name):
-                yield name, path
+        seen = set()
+        for place, folders, files in os.walk(self.path, followlinks=True, onerror=_raise):
+            real = os.path.realpath(place)
+            if real in seen:  # a link back up
+                folders.clear()
+                continue
+            seen.add(real)
+            folders.sort()
+            for name in sorted(files):
+                path = Path(place, name)
+                inside = path.relative_to(self.path).as_posix()
+                if not is_clutter(inside):
+                    yield inside, path
+
+
+def _raise(error: OSError) -> None:
+    raise UserError(f"{error.filename}: cannot be read: {error.strerror}")
 
 
 def content_of(content: bytes | Path) -> bytes:
@@ -254,7 +273,7 @@ def _kind(member: tarfile.TarInfo) -> str:
     return "of an unusual kind"
 
 
-def _is_clutter(name: str) -> bool:
+def is_clutter(name: str) -> bool:
     """Files that operating systems leave in folders and archives."""
     parts = PurePosixPath(name).parts
     return (

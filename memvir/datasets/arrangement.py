@@ -12,18 +12,21 @@ import os
 import re
 import shutil
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
+from typing import TypeVar
 
+from memvir.counter import counted, size
 from memvir.datasets import images as image_files
 from memvir.datasets.annotation import ImageClass
-from memvir.datasets.archives import Archive, content_of
+from memvir.datasets.archives import Archive, Folder, content_of
 from memvir.datasets.index import IndexRow, read_index, write_index
-from memvir.download import progress
 from memvir.errors import UserError
 
 log = logging.getLogger("memvir")
+
+Result = TypeVar("Result")
 
 Plan = Mapping[str, IndexRow]
 """Where each file of a source belongs: its name there -> its row of the index, whose md5 is still empty."""
@@ -52,6 +55,13 @@ def by_number(classes: Sequence[ImageClass], archive: Archive) -> Plan:
     return plan
 
 
+def report_problems(archive: Archive, problems: Iterable[tuple[str, Sequence[str]]]) -> None:
+    """Raise UserError with the kinds of problems that have any names, and the first names of each."""
+    found = [f"{len(names):,} {what}: {_some(names)}" for what, names in problems if names]
+    if found:
+        raise UserError(f"{archive.path}: not the images that the annotation lists; {'; '.join(found)}")
+
+
 def image_names(archive: Archive) -> list[str]:
     """The names of the files that claim to be images; archives hold tables and notes besides."""
     return [file.name for file in archive.files() if file.name.lower().endswith(IMAGE_SUFFIXES)]
@@ -65,6 +75,7 @@ def arrange(archive: Archive, plan: Plan, images: Path, index: Path) -> None:
     """
     known = _known(index)
     _remove_strangers(images, {row.file for row in plan.values()})
+    _check_room(archive, plan, images)
     for folder in sorted({str(PurePosixPath(row.file).parent) for row in plan.values()}):
         (images / folder).mkdir(parents=True, exist_ok=True)
     rows: list[IndexRow] = []
@@ -75,7 +86,7 @@ def arrange(archive: Archive, plan: Plan, images: Path, index: Path) -> None:
         shown = str(content) if isinstance(content, Path) else f"{archive.path}: {name}"
         return _place(content, plan[name], images, shown, known)
 
-    for placed in _in_threads(place, progress(chosen, len(plan), "preparing images", "image")):
+    for placed in _in_threads(place, counted(chosen, "preparing images", len(plan), "images")):
         try:
             rows.append(placed.result())
         except UserError as error:
@@ -87,11 +98,22 @@ def arrange(archive: Archive, plan: Plan, images: Path, index: Path) -> None:
     write_index(index, rows)
 
 
+def _check_room(archive: Archive, plan: Plan, images: Path) -> None:
+    if isinstance(archive, Folder):
+        return  # links take no room
+    images.mkdir(parents=True, exist_ok=True)
+    files = (file for file in archive.files() if file.name in plan)
+    needed = sum(file.size for file in files if not (images / plan[file.name].file).exists())
+    free = shutil.disk_usage(images).free
+    if needed > free:
+        raise UserError(f"{images}: the images need {size(needed)} and the disk has {size(free)} free; free some space")
+
+
 def _place(content: bytes | Path, row: IndexRow, images: Path, shown: str, known: Mapping[str, str]) -> IndexRow:
     target = images / row.file
     data = content_of(content)
     md5 = hashlib.md5(data, usedforsecurity=False).hexdigest()
-    linked = isinstance(content, Path) and target.exists() and os.path.samefile(content, target)
+    linked = isinstance(content, Path) and target.exists() and content.samefile(target)
     # what is there was checked before it was put there, unless someone wrote into the linked file since
     in_place = known.get(row.file) == md5 if linked else True
     if not (in_place and target.is_file() and not target.is_symlink() and target.read_bytes() == data):
@@ -108,7 +130,7 @@ def _write(content: bytes | Path, data: bytes, target: Path) -> None:
     try:
         if not (isinstance(content, Path) and _link(content, temporary)):
             temporary.write_bytes(data)
-        os.replace(temporary, target)
+        temporary.replace(target)
         temporary.unlink(missing_ok=True)  # rename does nothing between two links to one file
     except BaseException:
         with contextlib.suppress(OSError):
@@ -158,11 +180,11 @@ def _known(index: Path) -> dict[str, str]:
     return dict(zip(table["file"], table["md5"], strict=True))
 
 
-def _in_threads(function, arguments) -> Iterator[Future]:
+def _in_threads(function: Callable[..., Result], arguments: Iterable[tuple]) -> "Iterator[Future[Result]]":
     """Call `function(*arguments)` a few at a time, in order; decoding and hashing release Python's lock."""
     workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     with ThreadPoolExecutor(workers) as pool:
-        waiting: deque[Future] = deque()
+        waiting: deque[Future[Result]] = deque()
         try:
             for argument in arguments:
                 waiting.append(pool.submit(function, *argument))

@@ -6,7 +6,6 @@ archive is a function of the recipe's `data` section and of the table of charact
 
 import csv
 import io
-import json
 import math
 import re
 import tarfile
@@ -18,10 +17,10 @@ import numpy as np
 from PIL import Image, ImageFilter, ImageFont
 
 from memvir.config import GlyphsData
+from memvir.counter import counted
 from memvir.datasets.annotation import read_annotation, write_annotation
 from memvir.datasets.archives import open_archive
 from memvir.datasets.arrangement import arrange, by_number
-from memvir.download import progress
 from memvir.errors import UserError
 from memvir.files import atomic_write, write_json
 
@@ -57,12 +56,15 @@ def download(data: GlyphsData, source: Path, target: Path) -> None:
     """Render the archive and its annotation into `target`."""
     characters = read_characters(source / ANNOTATION)
     count = data.images_per_class
-    images = (image for class_id, character in enumerate(characters, 1) for image in render(character, class_id, data))
+    rendered = (
+        image for class_id, character in enumerate(characters, 1) for image in render(character, class_id, data)
+    )
+    images = counted(rendered, "rendering glyphs", len(characters) * count, "images")
     with (
         atomic_write(target / ARCHIVE) as file,
         tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar,
     ):
-        for number, image in enumerate(progress(images, len(characters) * count, "rendering glyphs", "image"), 1):
+        for number, image in enumerate(images, 1):
             content = _png(image)
             member = tarfile.TarInfo(f"glyph_ims/{number:06}.png")  # its date and owner stay at zero
             member.size = len(content)

@@ -113,6 +113,6 @@ _TURNS = {
 def _turn(image: Image.Image) -> Image.Transpose | None:
     """What brings a loaded image upright, by its EXIF orientation."""
     try:
-        return _TURNS.get(image.getexif().get(0x0112))
+        return _TURNS.get(image.getexif().get(0x0112, 1))
     except Exception:  # a damaged EXIF block; the pixels are none the worse
         return None

@@ -29,10 +29,11 @@ class IndexRow(NamedTuple):
 
 def write_index(path: Path, rows: Iterable[IndexRow]) -> None:
     """Write the rows: training half first, then by class, then by file."""
+    ordered = sorted(rows, key=lambda row: (SPLITS.index(row.split), row.class_id, row.file))
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(IndexRow._fields)
-    writer.writerows(sorted(rows, key=lambda row: (SPLITS.index(row.split), row.class_id, row.file)))
+    writer.writerows(ordered)
     write_text(path, text.getvalue())
 
 
