@@ -9,6 +9,7 @@ A file that cannot be decoded to its last row, or holds more than MAX_PIXELS, is
 """
 
 import io
+import warnings
 from pathlib import Path
 from typing import Literal
 
@@ -16,6 +17,8 @@ import numpy as np
 from PIL import Image
 
 from memvir.errors import UserError
+
+warnings.filterwarnings("ignore", module=r"PIL\.")  # they do not say which file; what matters becomes an error here
 
 Channels = Literal["grey", "rgb", "bgr"]
 

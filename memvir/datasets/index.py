@@ -48,10 +48,12 @@ def read_index(path: Path) -> pd.DataFrame:
     """
     again = "run its prepare stage again"
     try:
-        table = pd.read_csv(path, dtype=str, keep_default_na=False, encoding="utf-8")
+        with path.open(newline="", encoding="utf-8") as file:
+            header, *rows = csv.reader(file, strict=True)  # pandas would guess at rows that are too long
+        table = pd.DataFrame(rows, columns=header, dtype=str)
     except FileNotFoundError:
         raise UserError(f"{path}: not found; run the prepare stage first") from None
-    except (ValueError, pd.errors.ParserError) as error:
+    except (ValueError, csv.Error) as error:
         raise UserError(f"{path}: not a readable table ({error}); {again}") from None
     if tuple(table.columns) != IndexRow._fields:
         raise UserError(f"{path}: expected the columns {','.join(IndexRow._fields)}; {again}")
