@@ -6,7 +6,7 @@ mean loss. Embeddings and proxies are L2-normalised by the loss itself (SoftMax 
 Each loss is an *anchor-wise* one: it looks at one anchor at a time (an embedding, or for Proxy-Anchor a proxy) and
 compares it with all the others (proxies, or embeddings) through a log-sum-exp over them. That is what lets
 `memvir.memory.MemVir` add virtual classes in O(N): see there. `block` computes the log-sum-exp over the others at hand,
-and `combine` makes the loss of it, so that the plain loss is `combine(*block(...))`.
+and `combine` makes the loss of it, so that the plain loss is `combine` of one `block`.
 """
 
 import math
@@ -70,16 +70,16 @@ class ProxyLoss(nn.Module):
         return (F.normalize(embeddings), F.normalize(proxies)) if self.normalised else (embeddings, proxies)
 
     def block(self, embeddings: Tensor, proxies: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """For each of the A anchors (A,): log-sum-exp over the others, its positive's term, whether that counts."""
+        """For each of the A anchors: log-sum-exp over the others, its positive's term, and 1 if that counts, else 0."""
         raise NotImplementedError
 
-    def combine(self, logsumexp: Tensor, positive: Tensor, counted: Tensor) -> Tensor:
-        """The mean loss of any number of anchors, given what `block` returns for each."""
+    def combine(self, logsumexp: Tensor, positive: Tensor, counted: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The mean loss of any number of anchors, given what `block` returns, and its derivatives by the first two."""
         raise NotImplementedError
 
     def forward(self, embeddings: Tensor, labels: Tensor) -> Tensor:
         with without_autocast(embeddings.device):
-            return self.combine(*self.block(*self.inputs(embeddings), labels))
+            return self.combine(*self.block(*self.inputs(embeddings), labels))[0]
 
     def extra_repr(self) -> str:
         num_classes, dim = self.proxies.shape
@@ -101,10 +101,12 @@ class CrossEntropyLoss(ProxyLoss):
         positive = self.positive(unchanged)
         if positive is not unchanged:
             similarity = similarity.scatter(1, own, positive)
-        return (self.factor * similarity).logsumexp(1), self.factor * positive[:, 0], labels >= 0
+        positive = self.factor * positive[:, 0]
+        return (self.factor * similarity).logsumexp(1), positive, torch.ones_like(positive)
 
     def combine(self, logsumexp, positive, counted):
-        return torch.where(counted, logsumexp - positive, 0).sum() / counted.sum()
+        share = counted / counted.sum()
+        return share.dot(logsumexp - positive), share, -share
 
 
 class NormSoftMax(CrossEntropyLoss):
@@ -208,11 +210,12 @@ class ProxyAnchor(ProxyLoss):
         own = labels == torch.arange(len(proxies), device=labels.device)[:, None]  # (C, B)
         negatives = (self.alpha * similarity).masked_fill(own, MASKED)
         positives = (-self.alpha * (similarity - self.delta)).masked_fill(~own, MASKED)
-        return negatives.logsumexp(1), log_one_plus_exp(positives.logsumexp(1)), own.any(1)
+        return negatives.logsumexp(1), log_one_plus_exp(positives.logsumexp(1)), own.any(1).to(similarity.dtype)
 
     def combine(self, logsumexp, positive, counted):
-        negative = log_one_plus_exp(logsumexp + self.alpha * self.delta)
-        return positive.sum() / counted.sum() + negative.mean()
+        exponent = logsumexp + self.alpha * self.delta
+        share = counted / counted.sum()
+        return share.dot(positive) + log_one_plus_exp(exponent).mean(), exponent.sigmoid() / len(exponent), share
 
 
 def log_one_plus_exp(exponent: Tensor) -> Tensor:

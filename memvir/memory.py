@@ -3,16 +3,16 @@
 At step t the loss sees, besides its B embeddings and C proxies, those of the N past steps t - k(M+1), k = 1..N, as
 constants; the k-th contributes C classes of its own: a past embedding of label y has label y + k*C. Written out, that
 is a matrix of (N+1)B x (N+1)C logits per step, O(N^2). But a logit between two past steps never changes, and the steps
-selected at t are selected again at t + (M+1), all but the oldest, with t itself. So each residue class of t mod (M+1) is
-a ring of N slots, one per step, which keeps for each slot i and slot j the log-sum-exp of every row in i over the
+selected at t are selected again at t + (M+1), all but the oldest, with t itself. So each residue class of t mod (M+1)
+is a ring of N slots, one per step, which keeps for each slot i and slot j the log-sum-exp of every row in i over the
 columns in j, and each step computes only the two strips that hold something new:
 
-    lse(current row) = logsumexp(own columns, columns of slot 1, ..., columns of slot N)     B x NC logits, new
-    lse(past row)    = logaddexp(current columns, logsumexp(cached lse of slots 1..N))      NB x C logits, new
+    lse(current row) = logaddexp(current columns, logsumexp over slots of the past columns)   B x NC logits, new
+    lse(past row)    = logaddexp(current columns, logsumexp over slots of the cached lse)     NB x C logits, new
 
 Both strips' log-sum-exps per slot are the next turn's cache. Rows are the loss's anchors and columns what they are
 compared with: embeddings and proxies, or for Proxy-Anchor proxies and embeddings. Notation: B embeddings in a step, C
-classes, D dimensions, A anchors (B or C), n <= N slots in use, R rows, K columns of a block.
+classes, D dimensions, A anchors and K others (B and C, or C and B), n <= N slots in use.
 """
 
 import torch
@@ -37,8 +37,8 @@ class MemVir(nn.Module):
         concatenate: take the O(N^2) way of the definition for every loss.
 
     While `enabled` is False (warm-up), and in eval mode, this is the plain loss: nothing is stored or used. The memory
-    is allocated at the first step, grows if a later batch is larger, and is all in state_dict(). As with any module
-    that keeps what it has seen, call backward() before the next forward().
+    is allocated at the first step, grows if a later batch is larger, and is all in state_dict(). Every forward in
+    train mode is a step. For the losses of `memvir.losses` it takes the gradients too, and backward() hands them out.
     """
 
     def __init__(
@@ -98,8 +98,9 @@ class MemVir(nn.Module):
         self._slots_used = min(turn, self.num_steps)
         self._step += 1
         with without_autocast(embeddings.device):
-            compute = self._concatenated if self.concatenate else self._two_strips
-            return compute(embeddings, labels, residue, self._slots_used)
+            if self.concatenate:
+                return self._concatenated(embeddings, labels)
+            return self._two_strips(embeddings, labels, residue, self._slots_used)
 
     def steps_in_use(self) -> list[tuple[int, Tensor, Tensor, Tensor]]:
         """The past steps that the last forward used, newest first: (k, embeddings (b, D), labels (b,), proxies (C, D)).
@@ -126,7 +127,7 @@ class MemVir(nn.Module):
         self._pend(embeddings, labels, proxies)
         self._pending |= {"past_positive": positive.detach(), "past_counted": counted, "own": own.detach()}
         if n == 0:
-            return loss.combine(own, positive, counted)
+            return loss.combine(own, positive, counted)[0]
 
         past_embeddings = self.past_embeddings[residue, :n].flatten(0, 1).to(self.dtype)  # (nB, D), a view
         past_proxies = self.past_proxies[residue, :n].flatten(0, 1).to(self.dtype)  # (nC, D), a view
@@ -136,19 +137,24 @@ class MemVir(nn.Module):
         else:
             anchors, others, past_anchors, past_others = embeddings, proxies, past_embeddings, past_proxies
             padding = None
-        across = block_logsumexp(loss.factor * anchors, past_others, n, padding)  # (A, n)
-        down = block_logsumexp(past_anchors, loss.factor * others, 1).view(n, -1)  # (n, A)
-        self._pending |= {"across": across.detach(), "down": down.detach()}
-
-        current = torch.cat([own[:, None], across], 1).logsumexp(1)  # (A,)
-        past = torch.logaddexp(down, self.block_lse[residue, :n, :, :n].logsumexp(2))  # (n, A)
-        return loss.combine(
-            torch.cat([current, past.flatten()]),
-            torch.cat([positive, self.past_positive[residue, :n].flatten()]),
-            torch.cat([counted, self.past_counted[residue, :n].flatten()]),
+        value, across, down = _CombinedWithPast.apply(
+            loss,
+            own,
+            positive,
+            anchors,
+            others,
+            counted,
+            self.block_lse[residue, :n, :, :n],
+            self.past_positive[residue, :n],
+            self.past_counted[residue, :n],
+            past_anchors,
+            past_others,
+            padding,
         )
+        self._pending |= {"across": across, "down": down}
+        return value
 
-    def _concatenated(self, embeddings: Tensor, labels: Tensor, residue: int, n: int) -> Tensor:
+    def _concatenated(self, embeddings: Tensor, labels: Tensor) -> Tensor:
         """The definition, for a loss of any kind: one call with everything, O(N^2) logits."""
         embeddings = embeddings.to(self.dtype)
         self._pend(embeddings, labels, self.proxies)
@@ -183,7 +189,7 @@ class MemVir(nn.Module):
             num_anchors = num_classes if self.loss.anchors_are_proxies else batch_size
             layout |= {
                 "past_positive": ((*slots, num_anchors), self.dtype, 0),
-                "past_counted": ((*slots, num_anchors), torch.bool, 0),
+                "past_counted": ((*slots, num_anchors), self.dtype, 0),
                 # [residue, i, a, j]: log-sum-exp of anchor a of slot i over the others of slot j
                 "block_lse": ((*slots, num_anchors, self.num_steps), self.dtype, 0),
             }
@@ -210,7 +216,7 @@ class MemVir(nn.Module):
     def _commit(self) -> None:
         """Write the pending step into its slot, over the oldest of its residue class.
 
-        Not at the end of its own step: the slot is part of what that step's backward() needs.
+        Not at the end of its own step, whose `steps_in_use` still shows that oldest one.
         """
         if not self._pending:
             return
@@ -280,34 +286,72 @@ class MemVir(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
-class _BlockLogSumExp(torch.autograd.Function):
-    """See block_logsumexp. By hand because autograd would keep three matrices of logits where one will do."""
+class _CombinedWithPast(torch.autograd.Function):
+    """The loss of all anchors, current and past, and the log-sum-exps of the two new strips, (A, n) and (n, A).
+
+    The gradients are taken here at once, by hand: the strips are turned into their gradients in place, they are gone
+    when forward returns, and nothing is kept for backward that later steps overwrite.
+    """
 
     @staticmethod
-    def forward(ctx, rows: Tensor, columns: Tensor, num_blocks: int, padding: Tensor | None) -> Tensor:
-        logits = rows @ columns.T  # (R, D) @ (D, nK) -> (R, nK)
+    def forward(
+        ctx,
+        loss: ProxyLoss,
+        own: Tensor,  # (A,)
+        positive: Tensor,  # (A,)
+        anchors: Tensor,  # (A, D)
+        others: Tensor,  # (K, D)
+        counted: Tensor,  # (A,)
+        block_lse: Tensor,  # (n, A, n), and so on: the same of the past
+        past_positive: Tensor,
+        past_counted: Tensor,
+        past_anchors: Tensor,
+        past_others: Tensor,
+        padding: Tensor | None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        n, num_anchors = len(block_lse), len(own)
+        right = (loss.factor * anchors) @ past_others.T  # (A, D) @ (D, nK) -> (A, nK)
         if padding is not None:
-            logits += padding
-        logits = logits.unflatten(1, (num_blocks, -1))  # (R, n, K)
-        highest = logits.amax(2, keepdim=True)  # (R, n, 1)
-        exponentials = logits.sub_(highest).exp_()
-        total = exponentials.sum(2, keepdim=True)
-        ctx.save_for_backward(rows, columns, exponentials, total)
-        return (total.log() + highest).squeeze(2)
+            right += padding
+        right, right_highest, across = _logsumexp(right.unflatten(1, (n, -1)))  # (A, n, K), (A, n, 1), (A, n)
+        below = past_anchors @ (loss.factor * others).T  # (nA, D) @ (D, K) -> (nA, K)
+        below, below_highest, down = _logsumexp(below.unflatten(0, (n, -1)))  # (n, A, K), (n, A, 1), (n, A)
+        current = torch.logaddexp(own, _logsumexp(across.clone())[2])  # (A,)
+        past = torch.logaddexp(down, _logsumexp(block_lse.clone())[2])  # (n, A)
+
+        value, by_lse, by_positive = loss.combine(
+            torch.cat([current, past.flatten()]),
+            torch.cat([positive, past_positive.flatten()]),
+            torch.cat([counted, past_counted.flatten()]),
+        )
+        if any(ctx.needs_input_grad):
+            # by a logit: its share of the sum, exp(logit - lse), times the derivative by the log-sum-exp
+            by_current, by_past = by_lse[:num_anchors], by_lse[num_anchors:].view_as(past)
+            right *= (loss.factor * by_current[:, None] * (right_highest[:, :, 0] - current[:, None]).exp_())[
+                :, :, None
+            ]
+            below *= (loss.factor * by_past * (below_highest[:, :, 0] - past).exp_())[:, :, None]
+            ctx.save_for_backward(
+                by_current * (own - current).exp_(),
+                by_positive[:num_anchors],
+                right.flatten(1) @ past_others,
+                below.flatten(0, 1).T @ past_anchors,
+            )
+        ctx.mark_non_differentiable(across, down)
+        ctx.set_materialize_grads(False)
+        return value, across, down
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, gradient: Tensor):
-        rows, columns, exponentials, total = ctx.saved_tensors
-        softmax = (exponentials * (gradient[:, :, None] / total)).flatten(1)  # (R, nK), times the gradient
-        return (
-            softmax @ columns if ctx.needs_input_grad[0] else None,
-            softmax.T @ rows if ctx.needs_input_grad[1] else None,
-            None,
-            None,
-        )
+    def backward(ctx, gradient: Tensor, *_):
+        return None, *(gradient * derivative for derivative in ctx.saved_tensors), *[None] * 8
 
 
-def block_logsumexp(rows: Tensor, columns: Tensor, num_blocks: int, padding: Tensor | None = None) -> Tensor:
-    """log-sum-exp of rows (R, D) against each of n blocks of K columns (nK, D), plus padding (nK,): -> (R, n)."""
-    return _BlockLogSumExp.apply(rows, columns, num_blocks, padding)
+def _logsumexp(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Of the last dimension: exp(logits - highest), in place of the logits, the highest, and the log-sum-exp.
+
+    torch.logsumexp allows for infinite logits, of which there are none here, at twice the time for small matrices.
+    """
+    highest = logits.amax(-1, keepdim=True)
+    exponentials = logits.sub_(highest).exp_()
+    return exponentials, highest, exponentials.sum(-1).log_().add_(highest.squeeze(-1))
