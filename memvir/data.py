@@ -172,6 +172,7 @@ class LoadedImages:
             persistent_workers=workers > 0,
             pin_memory=device.type == "cuda",
             prefetch_factor=4 if workers else None,
+            generator=torch.Generator(),  # else every epoch would draw from the global one
         )
 
     def batches(self, batches: Sequence[np.ndarray], epoch: int) -> Iterator[tuple[Tensor, Tensor]]:

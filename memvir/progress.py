@@ -25,11 +25,12 @@ class Progress:
         style = runtime.progress
         self.style = ("bar" if sys.stderr.isatty() else "plain") if style == "auto" else style
         self.recall = 0.0
+        self.started, self.first_epoch = 0.0, 0
 
     def __enter__(self) -> "Progress":
         self.handlers = {number: signal.signal(number, self._stop) for number in (signal.SIGINT, signal.SIGTERM)}
         self.bar = tqdm(total=self.epochs, desc=self.name, unit="epoch", disable=self.style != "bar", leave=True)
-        self.started, self.first_epoch = time.monotonic(), None
+        self.started = time.monotonic()
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -39,6 +40,8 @@ class Progress:
 
     def epoch_done(self, trainer: Any) -> None:
         row = trainer.history.rows[-1]
+        if not self.first_epoch:  # a run that is continued did its first epochs in another process
+            self.first_epoch = int(row["epoch"])
         self.recall = row.get("recall_at_1", self.recall)
         if self.on_epoch:
             self.on_epoch(trainer)
@@ -56,9 +59,8 @@ class Progress:
             )
 
     def _time_left(self, epoch: int) -> str:
-        if self.first_epoch is None:  # a run that was continued did not do its first epochs in this process
-            self.first_epoch = epoch - 1
-        seconds = (time.monotonic() - self.started) / (epoch - self.first_epoch) * (self.epochs - epoch)
+        done = epoch - self.first_epoch + 1
+        seconds = (time.monotonic() - self.started) / done * (self.epochs - epoch)
         return tqdm.format_interval(seconds)
 
     def _stop(self, number: int, _: FrameType | None) -> None:

@@ -140,8 +140,8 @@ def test_a_file_that_is_not_a_configuration_is_one_line_that_names_it(tmp_path, 
 
 def test_numbers_in_scientific_notation_are_numbers(tmp_path):
     path = tmp_path / "params.yaml"
-    path.write_text(PARAMS.read_text().replace("lr: 0.003", "lr: 3e-3"))
-    assert load_params(path).recipes["glyphs"].training.optimizer.lr == 0.003
+    path.write_text(PARAMS.read_text().replace("lr: 0.006", "lr: 6e-3"))
+    assert load_params(path).recipes["glyphs"].training.optimizer.lr == 0.006
 
 
 def test_the_backbones_of_the_configuration_are_those_of_the_registry():

@@ -1,0 +1,224 @@
+"""Whole runs on tiny data: the same bytes however often, with whatever workers, and however interrupted."""
+
+import json
+import os
+import signal
+
+import pandas as pd
+import pytest
+from stages import paths
+
+from tests import tiny
+from tests.stages.workspace import Workspace
+
+
+@pytest.fixture
+def workspace(tmp_path):
+    return Workspace(tmp_path / "work").prepared()
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    """The outputs of a run that nothing happened to."""
+    workspace = Workspace(tmp_path_factory.mktemp("undisturbed") / "work").prepared()
+    assert (outcome := workspace.train()).code == 0, outcome.output
+    assert (outcome := workspace.evaluate()).code == 0, outcome.output
+    return workspace.outputs()
+
+
+def act_at(target: str, call: int, act) -> None:
+    """From now on, the `call`-th call of a function of a module (or of its class) first calls `act`."""
+    import importlib
+
+    module, *attributes, name = target.split(":")
+    place = importlib.import_module(module)
+    for attribute in attributes:
+        place = getattr(place, attribute)
+    original, calls = getattr(place, name), iter(range(1, 10**9))
+
+    def wrapped(*arguments, **options):
+        if next(calls) == call:
+            act()
+        return original(*arguments, **options)
+
+    setattr(place, name, wrapped)
+
+
+def kill() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_run_leaves_history_models_and_results(undisturbed):
+    run, folder = "memvir_norm_softmax/1", "runs/tiny/memvir_norm_softmax/1"
+    result = json.loads(undisturbed[f"results/tiny/{run}.json"])
+    assert set(result["last"]) == set(result["best"]) == {"recall_at_1", "recall_at_2", "rp", "map"}
+    assert all(0 <= result["last"][m] <= result["best"][m] <= 1 for m in result["last"])
+    assert result["settings"]["loss"]["scale"] == 23.0 and result["environment"]["threads"] == 1
+    for epoch in {6, *result["best_epochs"].values()}:
+        assert f"{folder}/models/epoch-{epoch:04d}.pt" in undisturbed
+    assert f"{folder}/snapshots/epoch-0003.npz" in undisturbed
+    history = pd.read_csv(pd.io.common.BytesIO(undisturbed[f"{folder}/history.csv"]))
+    assert history["epoch"].tolist() == [1, 2, 3, 4, 5, 6] and history["step"].tolist() == [5, 10, 15, 20, 25, 30]
+    assert history["recall_at_1"].notna().tolist() == [False, True] * 3
+    assert history["lr"].round(6).tolist() == [0.003] * 4 + [0.0003] * 2
+    # the best of each metric is that of the history, and the evaluated models give it again
+    for metric, value in result["best"].items():
+        assert value == history[metric].max()
+        assert history.loc[history["epoch"] == result["best_epochs"][metric], metric].item() == value
+    # (N, M) = (2, 1): epoch 1 warms up, storing starts at step 6, so steps 8 and 10 bring 6 classes each
+    growth = pd.read_csv(pd.io.common.BytesIO(undisturbed[f"{folder}/growth.csv"]))
+    assert growth[["step", "num_virtual_classes"]].to_numpy().tolist() == [[0, 0], [8, 6], [10, 12]]
+
+
+@pytest.mark.parametrize(
+    ("target", "call"),
+    [
+        ("memvir.training:Trainer:train_step", 3),  # before any checkpoint
+        ("memvir.training:Trainer:train_step", 18),  # within epoch 4
+        ("memvir.training:Trainer:evaluate", 2),
+        ("memvir.checkpoint:torch:save", 2),
+        ("os:fsync", 3),  # a checkpoint's temporary file is complete, not yet renamed
+        ("os:replace", 2),  # the checkpoint before has its new name, the new one not yet
+        ("memvir.runs:save_model", 1),
+        ("os:rename", 1),  # everything written, nothing in its place
+    ],
+)
+def test_a_killed_run_ends_in_the_same_bytes(workspace, undisturbed, target, call):
+    params = tiny.params()
+    params["runtime"]["checkpoint_epochs"] = 2
+    workspace.write_params(params)
+    assert workspace.train(before=lambda: act_at(target, call, kill)).code == -signal.SIGKILL
+    assert (outcome := workspace.train()).code == 0, outcome.output
+    assert workspace.evaluate().code == 0
+    assert workspace.outputs() == undisturbed
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_run_told_to_stop_saves_says_how_to_go_on_and_ends_in_the_same_bytes(workspace, undisturbed, number, code):
+    def stop():
+        os.kill(os.getpid(), number)
+
+    # in the middle of an epoch, at its last step, and during an evaluation; each goes on where the one before stopped
+    for target, call in (("train_step", 3), ("train_step", 7), ("evaluate", 1)):
+        outcome = workspace.train(before=lambda t=target, c=call: act_at(f"memvir.training:Trainer:{t}", c, stop))
+        assert outcome.code == code and "run the same command again to continue" in outcome.output
+        assert "runs" not in os.listdir(workspace.folder)
+    outcome = workspace.train()
+    assert outcome.code == 0 and "continuing at epoch" in outcome.output
+    assert workspace.evaluate().code == 0
+    assert workspace.outputs() == undisturbed
+
+
+def test_a_stopped_runs_tensorboard_has_every_epoch_once(workspace):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    def stop():
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    workspace.train(before=lambda: act_at("memvir.training:Trainer:train_step", 18, stop))
+    assert workspace.train().code == 0
+    events = EventAccumulator(str(workspace.folder / paths.log_folder("tiny", "memvir_norm_softmax", 1)))
+    events.Reload()
+    tags = events.Tags()["scalars"]
+    assert {"training/loss", "training/lr", "test/map", "memory/num_virtual_classes"} <= set(tags)
+    assert [event.step for event in events.Scalars("training/loss")] == [1, 2, 3, 4, 5, 6]
+    assert [event.step for event in events.Scalars("test/recall_at_1")] == [2, 4, 6]
+
+
+def test_a_checkpoint_of_other_settings_is_not_continued(workspace):
+    def stop():
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    workspace.train(before=lambda: act_at("memvir.training:Trainer:train_step", 8, stop))
+    params = tiny.params()
+    params["tiny"]["training"]["weight_decay"] = None
+    del params["tiny"]["training"]["weight_decay"]
+    params["tiny"]["training"]["optimizer"]["lr"] = 0.002
+    workspace.write_params(params)
+    outcome = workspace.train()
+    assert outcome.code == 0
+    assert "settings.training.optimizer.lr: 0.003 -> 0.002" in outcome.output and "starting afresh" in outcome.output
+    assert "continuing" not in outcome.output
+
+
+def test_the_pixel_store_and_how_often_checkpoints_are_written_change_nothing(workspace, undisturbed):
+    params = tiny.params()
+    params["runtime"] |= {"pixel_store": False, "checkpoint_epochs": 1, "workers": 2, "progress": "plain"}
+    workspace.write_params(params)
+    assert workspace.train().code == 0
+    assert workspace.evaluate().code == 0
+    assert workspace.outputs() == undisturbed
+
+
+def test_two_seeds_differ_and_a_seed_repeats(workspace, undisturbed):
+    for seed in (1, 2):
+        assert workspace.train(seed=seed).code == 0
+    one, two = (workspace.outputs(f"runs/tiny/memvir_norm_softmax/{seed}") for seed in (1, 2))
+    assert set(one.items()) < set(undisturbed.items())
+    history = "runs/tiny/memvir_norm_softmax/{}/history.csv"
+    assert one[history.format(1)] != two[history.format(2)]
+
+
+def test_a_diverged_run_says_where_keeps_its_checkpoint_and_the_previous_result(workspace):
+    assert workspace.train("norm_softmax").code == 0
+    before = workspace.outputs()
+    params = tiny.params(optimizer={"name": "sgd", "lr": 1e9, "lr_proxies": 1e9, "weight_decay": 1e9})
+    workspace.write_params(params)
+    outcome = workspace.train("norm_softmax")
+    assert outcome.code == 1
+    assert "tiny/norm_softmax/1: the loss became nan at epoch 1, step" in outcome.output
+    assert "Traceback" not in outcome.output
+    assert workspace.outputs() == before
+
+
+def test_early_stopping_ends_a_run_that_no_longer_improves(tmp_path):
+    still = {"name": "sgd", "lr": 1e-30, "lr_proxies": 1e-30, "weight_decay": 0.0}
+    workspace = Workspace(tmp_path / "work", early_stopping=2, check_epoch=1, optimizer=still).prepared()
+    params = tiny.params(early_stopping=2, check_epoch=1, optimizer=still)
+    params["tiny"]["model"]["freeze_batch_norm"] = True
+    workspace.write_params(params)
+    assert (outcome := workspace.train("norm_softmax")).code == 0, outcome.output
+    history = pd.read_csv(workspace.folder / "runs/tiny/norm_softmax/1/history.csv")
+    assert history["epoch"].tolist() == [1, 2, 3]
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "adamw", "rmsprop", "sgd"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_every_optimizer_and_precision_trains(tmp_path, optimizer, precision):
+    settings = {"name": optimizer, "lr": 0.001, "lr_proxies": 0.001, "weight_decay": 0.0001}
+    workspace = Workspace(tmp_path / "work", optimizer=settings, precision=precision, images_per_class=2, epochs=2)
+    params = tiny.params(optimizer=settings, precision=precision, images_per_class=2, epochs=2)
+    params["tiny"]["variants"]["memvir_norm_softmax"].pop("snapshots")
+    workspace.write_params(params)
+    workspace.prepared()
+    assert (outcome := workspace.train()).code == 0, outcome.output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            ("--variant", "norm", "--seed", "1"),
+            "error: 'norm' is not a variant of tiny; there are: norm_softmax, memvir_",
+        ),
+        (
+            ("--variant", "norm_softmax", "--seed", "1", "--dataset", "cars"),
+            "error: 'cars' is not a recipe for data set",
+        ),
+    ],
+)
+def test_an_unknown_name_is_one_line_that_lists_the_choices(workspace, arguments, message):
+    outcome = workspace.run("train", *arguments)
+    assert outcome.code == 1 and outcome.output.startswith(message) and outcome.output.count("\n") == 1
+
+
+def test_a_batch_larger_than_the_data_set_is_one_line(workspace):
+    workspace.write_params(tiny.params(batch_size=50))
+    outcome = workspace.train("norm_softmax")
+    assert outcome.code == 1 and outcome.output.count("\n") == 1
+    assert "error: tiny.training.batch_size: 50 is more than the 48 training images" in outcome.output
+
+
+def test_evaluating_an_untrained_run_says_so(workspace):
+    outcome = workspace.evaluate()
+    assert outcome.code == 1 and "has not been trained" in outcome.output and outcome.output.count("\n") == 1
