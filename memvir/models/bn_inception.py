@@ -1,0 +1,94 @@
+"""BN-Inception (Ioffe and Szegedy, "Batch Normalization", https://arxiv.org/abs/1502.03167), as ImageNet weights of it
+are distributed: the names of its layers are the keys of that file.
+"""
+
+import csv
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+BLOCKS = Path(__file__).with_name("bn_inception_layers.csv")
+"""One row per block: the output channels of its convolutions (empty: no such layer), its pooling, and the stride of its
+last 3x3 convolutions and its pooling where they halve the resolution."""
+
+
+class BNInception(nn.Module):
+    """forward: images (B, 3, H, W) -> features (B, 1024, H/32, W/32), after ReLU.
+
+    The ImageNet weights expect BGR from 0 to 255 minus (104, 117, 128). Every convolution has a bias and is followed
+    by BatchNorm and ReLU; a block concatenates its branches. Pooling layers round sizes up, so that an H or W that is
+    no multiple of 32 comes out as an H/32 rounded either way.
+
+    Without weights, convolutions start with He-normal weights (fan-in, gain of ReLU) and zero biases: these keep the
+    scale of activations through 31 layers even where BatchNorm is frozen at its initial statistics.
+    """
+
+    in_channels = 3
+    features_dim = 1024
+    unused_keys = ("last_linear.",)
+    """Prefixes of keys that the weight file holds beyond this module's: the ImageNet classifier."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.relu = nn.ReLU(inplace=True)
+        stem = [
+            *self._convolution("conv1_7x7_s2", 3, 64, kernel=7, stride=2),
+            *self._pool("pool1_3x3_s2", "max", stride=2, padding=0),
+            *self._convolution("conv2_3x3_reduce", 64, 64, kernel=1),
+            *self._convolution("conv2_3x3", 64, 192, kernel=3),
+            *self._pool("pool2_3x3_s2", "max", stride=2, padding=0),
+        ]
+        self._blocks = [[stem]]  # blocks of branches of names of layers
+        with BLOCKS.open(newline="") as file:
+            for row in csv.DictReader(file):
+                self._blocks.append(self._block(row))
+
+    def forward(self, images: Tensor) -> Tensor:
+        features = images
+        for branches in self._blocks:
+            outputs = [self._run(names, features) for names in branches]
+            features = torch.cat(outputs, 1) if len(outputs) > 1 else outputs[0]
+        return features
+
+    def _run(self, names: list[str], features: Tensor) -> Tensor:
+        for name in names:
+            features = getattr(self, name)(features)
+        return features
+
+    def _block(self, row: dict[str, str]) -> list[list[str]]:
+        """Add a block's layers; returns its branches in the order of concatenation."""
+        block, pool = row.pop("block"), row.pop("pool")
+        channels = {layer: int(number) for layer, number in row.items() if number}
+        inputs, stride = channels["in_channels"], channels["stride"]
+        branches = []
+        if "1x1" in channels:
+            branches.append(self._convolution(f"{block}_1x1", inputs, channels["1x1"], kernel=1))
+        reduced, outputs = channels["3x3_reduce"], channels["3x3"]
+        branches.append(
+            self._convolution(f"{block}_3x3_reduce", inputs, reduced, kernel=1)
+            + self._convolution(f"{block}_3x3", reduced, outputs, kernel=3, stride=stride)
+        )
+        reduced, outputs = channels["double_3x3_reduce"], channels["double_3x3"]
+        branches.append(
+            self._convolution(f"{block}_double_3x3_reduce", inputs, reduced, kernel=1)
+            + self._convolution(f"{block}_double_3x3_1", reduced, outputs, kernel=3)
+            + self._convolution(f"{block}_double_3x3_2", outputs, outputs, kernel=3, stride=stride)
+        )
+        branches.append(self._pool(f"{block}_pool", pool, stride, padding=1 if stride == 1 else 0))
+        if "pool_proj" in channels:
+            branches[-1] += self._convolution(f"{block}_pool_proj", inputs, channels["pool_proj"], kernel=1)
+        return branches
+
+    def _convolution(self, name: str, inputs: int, outputs: int, kernel: int, stride: int = 1) -> list[str]:
+        convolution = nn.Conv2d(inputs, outputs, kernel, stride, padding=kernel // 2)
+        nn.init.kaiming_normal_(convolution.weight, nonlinearity="relu")
+        nn.init.zeros_(convolution.bias)
+        self.add_module(name, convolution)
+        self.add_module(f"{name}_bn", nn.BatchNorm2d(outputs))
+        return [name, f"{name}_bn", "relu"]
+
+    def _pool(self, name: str, kind: str, stride: int, padding: int) -> list[str]:
+        pool = {"max": nn.MaxPool2d, "avg": nn.AvgPool2d}[kind]  # the average counts the zeros of the padding
+        self.add_module(name, pool(3, stride, padding, ceil_mode=True))
+        return [name]

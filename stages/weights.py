@@ -1,0 +1,15 @@
+"""Fetch the backbone's pretrained weights, or note that the recipe starts from random ones."""
+
+from memvir.config import Params
+from memvir.models.weights import fetch_weights
+from stages import stage
+from stages.paths import weights_folder
+
+
+@stage
+def main(params: Params, dataset: str) -> None:
+    fetch_weights(params.recipe(dataset).model, weights_folder(dataset))
+
+
+if __name__ == "__main__":
+    main()
