@@ -83,7 +83,7 @@ class ProxyLoss(nn.Module):
 
     def extra_repr(self) -> str:
         num_classes, dim = self.proxies.shape
-        options = (f"{option}={getattr(self, option)}" for option in OPTIONS[canonical_name(self.display_name)])
+        options = (f"{name}={value:g}" for name, value in vars(self).items() if type(value) in (int, float))
         return ", ".join([f"{num_classes}, {dim}", *options])
 
 

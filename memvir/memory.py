@@ -61,8 +61,7 @@ class MemVir(nn.Module):
         self.loss = loss
         self.num_steps = num_steps
         self.step_gap = step_gap
-        self.dtype = torch.promote_types(loss.proxies.dtype, torch.float32)
-        self.storage_dtype = storage_dtype or self.dtype
+        self.storage_dtype = storage_dtype
         self.concatenate = concatenate or not isinstance(loss, ProxyLoss)
         self.enabled = True
         self._step = 0  # steps stored so far, the pending one included
@@ -75,6 +74,11 @@ class MemVir(nn.Module):
     @property
     def proxies(self) -> nn.Parameter:
         return self.loss.proxies
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the loss computes in."""
+        return torch.promote_types(self.proxies.dtype, torch.float32)
 
     @property
     def num_virtual_classes(self) -> int:
@@ -129,8 +133,8 @@ class MemVir(nn.Module):
         if n == 0:
             return loss.combine(own, positive, counted)[0]
 
-        past_embeddings = self.past_embeddings[residue, :n].flatten(0, 1).to(self.dtype)  # (nB, D), a view
-        past_proxies = self.past_proxies[residue, :n].flatten(0, 1).to(self.dtype)  # (nC, D), a view
+        past_embeddings = self.past_embeddings[residue, :n].flatten(0, 1).to(embeddings.dtype)  # (nB, D), a view
+        past_proxies = self.past_proxies[residue, :n].flatten(0, 1).to(embeddings.dtype)  # (nC, D), a view
         if loss.anchors_are_proxies:
             anchors, others, past_anchors, past_others = proxies, embeddings, past_proxies, past_embeddings
             padding = MASKED * (self.past_labels[residue, :n].flatten() < 0)  # (nB,): the end of a short batch
@@ -179,19 +183,19 @@ class MemVir(nn.Module):
     def _layout(self, batch_size: int) -> dict[str, tuple[tuple[int, ...], torch.dtype, int]]:
         """Shape, type and padding of each buffer."""
         num_classes, dim = self.proxies.shape
-        slots = (self.step_gap + 1, self.num_steps)
+        slots, dtype = (self.step_gap + 1, self.num_steps), self.dtype
         layout = {
-            "past_embeddings": ((*slots, batch_size, dim), self.storage_dtype, 0),
+            "past_embeddings": ((*slots, batch_size, dim), self.storage_dtype or dtype, 0),
             "past_labels": ((*slots, batch_size), torch.int64, -1),
-            "past_proxies": ((*slots, num_classes, dim), self.storage_dtype, 0),
+            "past_proxies": ((*slots, num_classes, dim), self.storage_dtype or dtype, 0),
         }
         if not self.concatenate:
             num_anchors = num_classes if self.loss.anchors_are_proxies else batch_size
             layout |= {
-                "past_positive": ((*slots, num_anchors), self.dtype, 0),
-                "past_counted": ((*slots, num_anchors), self.dtype, 0),
+                "past_positive": ((*slots, num_anchors), dtype, 0),
+                "past_counted": ((*slots, num_anchors), dtype, 0),
                 # [residue, i, a, j]: log-sum-exp of anchor a of slot i over the others of slot j
-                "block_lse": ((*slots, num_anchors, self.num_steps), self.dtype, 0),
+                "block_lse": ((*slots, num_anchors, self.num_steps), dtype, 0),
             }
         return layout
 
@@ -208,9 +212,9 @@ class MemVir(nn.Module):
     def _pend(self, embeddings: Tensor, labels: Tensor, proxies: Tensor) -> None:
         """Keep this step for `_commit`. Copies, since the caller's tensors and the parameter change in place."""
         self._pending = {
-            "past_embeddings": embeddings.detach().to(self.storage_dtype, copy=True),
+            "past_embeddings": embeddings.detach().to(self.storage_dtype or self.dtype, copy=True),
             "past_labels": labels.clone(),
-            "past_proxies": proxies.detach().to(self.storage_dtype, copy=True),
+            "past_proxies": proxies.detach().to(self.storage_dtype or self.dtype, copy=True),
         }
 
     def _commit(self) -> None:
@@ -248,7 +252,7 @@ class MemVir(nn.Module):
             "step_gap (M)": self.step_gap,
             "number of classes (C)": num_classes,
             "embedding dimension (D)": dim,
-            "storage_dtype": str(self.storage_dtype),
+            "storage_dtype": str(self.storage_dtype or self.dtype),
             "concatenate": self.concatenate,
             "loss": repr(self.loss),  # the cached log-sum-exps hold its scale and margin
         }
