@@ -7,7 +7,6 @@ import os
 import shutil
 import subprocess
 import sys
-import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -149,23 +148,23 @@ def _test_images(
 
 def _write_run(trainer: Trainer, embeddings: np.ndarray, environment: dict, target: Path) -> None:
     """Write everything into a folder beside `target`, then put it in its place: no reader sees half a run."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as temporary:
-        new, old = Path(temporary) / "new", Path(temporary) / "old"
-        write_text(new / "history.csv", to_csv(trainer.history.rows))
-        write_text(new / "growth.csv", to_csv(trainer.history.growth))
-        last_epoch = trainer.epoch - 1
-        models = {**trainer.best.weights, last_epoch: trainer.embedder.state_dict()}
-        for epoch, weights in models.items():
-            _write_bytes(_model_file(new, epoch), save_model(weights))
-        for epoch, arrays in trainer.snapshots.items():
-            _write_arrays(new / "snapshots" / f"epoch-{epoch:04d}.npz", {k: v.numpy() for k, v in arrays.items()})
-        _write_arrays(new / "test_embeddings.npz", {"embeddings": embeddings})
-        summary = {"last_epoch": last_epoch, "best_epochs": trainer.best.epochs, "environment": environment}
-        write_json(new / "summary.json", summary)
-        if target.exists():
-            os.rename(target, old)
-        os.rename(new, target)
+    new, old = (target.with_name(f".{target.name}.{age}") for age in ("new", "old"))
+    for leftover in (new, old):  # of a process that was killed here
+        shutil.rmtree(leftover, ignore_errors=True)
+    write_text(new / "history.csv", to_csv(trainer.history.rows))
+    write_text(new / "growth.csv", to_csv(trainer.history.growth))
+    last_epoch = trainer.epoch - 1
+    for epoch, weights in {**trainer.best.weights, last_epoch: trainer.embedder.state_dict()}.items():
+        _write_bytes(_model_file(new, epoch), save_model(weights))
+    for epoch, arrays in trainer.snapshots.items():
+        _write_arrays(new / "snapshots" / f"epoch-{epoch:04d}.npz", {k: v.numpy() for k, v in arrays.items()})
+    _write_arrays(new / "test_embeddings.npz", {"embeddings": embeddings})
+    summary = {"last_epoch": last_epoch, "best_epochs": trainer.best.epochs, "environment": environment}
+    write_json(new / "summary.json", summary)
+    if target.exists():
+        os.rename(target, old)
+    os.rename(new, target)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def _model_file(folder: Path, epoch: int) -> Path:

@@ -6,14 +6,16 @@ same, with an exit code, and can be killed.
 
 import contextlib
 import importlib
-import io
 import json
+import logging
 import os
 import sys
 import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
+
+import torch.utils.tensorboard  # noqa: F401  imported once, for every stage to be forked
 
 from tests import tiny
 
@@ -49,7 +51,8 @@ class Workspace:
         return Outcome(os.waitstatus_to_exitcode(status), output)
 
     def _child(self, stage: str, arguments: tuple[str, ...], before: Callable[[], None]) -> int:
-        sys.stdout = sys.stderr = io.TextIOWrapper(os.fdopen(2, "wb", closefd=False), write_through=True)
+        sys.stdout = sys.stderr = os.fdopen(2, "w", buffering=1, closefd=False)
+        logging.root.handlers.clear()  # pytest's own, which would keep the messages to themselves
         sys.argv = [stage, "--dataset", "tiny", *arguments]
         try:
             os.chdir(self.folder)
