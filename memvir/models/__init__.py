@@ -1,17 +1,14 @@
 """Networks from images to embeddings.
 
-A backbone is a module from images (B, in_channels, H, W) to features (B, features_dim, h, w) with the attributes
-`in_channels`, `features_dim` and `unused_keys` (what its weight file holds besides). A new one takes a file, a line in
-`BACKBONES` and its name in `memvir.config.Model`.
+A new backbone takes a file with a `Backbone`, a line in `BACKBONES` and its name in `memvir.config.Model`.
 """
 
 from collections.abc import Callable
 from pathlib import Path
 
-from torch import nn
-
 from memvir.config import Model
 from memvir.errors import UserError
+from memvir.models.backbone import Backbone
 from memvir.models.bn_inception import BNInception
 from memvir.models.convnet import ConvNet
 from memvir.models.embedder import Embedder
@@ -21,6 +18,7 @@ from memvir.models.weights import fetch_weights, find_weights, load_weights
 __all__ = [
     "BACKBONES",
     "BNInception",
+    "Backbone",
     "ConvNet",
     "Embedder",
     "ResNet",
@@ -30,7 +28,7 @@ __all__ = [
     "load_weights",
 ]
 
-BACKBONES: dict[str, Callable[[Model, int], nn.Module]] = {
+BACKBONES: dict[str, Callable[[Model, int], Backbone]] = {
     "convnet": lambda model, in_channels: ConvNet(model.widths, in_channels),
     "bn_inception": lambda model, in_channels: BNInception(),
     "resnet18": lambda model, in_channels: ResNet(18),

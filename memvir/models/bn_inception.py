@@ -8,26 +8,28 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from memvir.errors import UserError
+from memvir.models.backbone import Backbone
+
 BLOCKS = Path(__file__).with_name("bn_inception_layers.csv")
 """One row per block: the output channels of its convolutions (empty: no such layer), its pooling, and the stride of its
 last 3x3 convolutions and its pooling where they halve the resolution."""
 
 
-class BNInception(nn.Module):
-    """forward: images (B, 3, H, W) -> features (B, 1024, H/32, W/32), after ReLU.
+class BNInception(Backbone):
+    """forward: images (B, 3, H, W) -> features (B, 1024, H/32, W/32), after ReLU; UserError unless H and W are
+    multiples of 32, at which its branches come out in one size.
 
     The ImageNet weights expect BGR from 0 to 255 minus (104, 117, 128). Every convolution has a bias and is followed
-    by BatchNorm and ReLU; a block concatenates its branches. Pooling layers round sizes up, so that an H or W that is
-    no multiple of 32 comes out as an H/32 rounded either way.
+    by BatchNorm and ReLU; a block concatenates its branches.
 
     Without weights, convolutions start with He-normal weights (fan-in, gain of ReLU) and zero biases: these keep the
-    scale of activations through 31 layers even where BatchNorm is frozen at its initial statistics.
+    scale of activations through the depth even where BatchNorm is frozen at its initial statistics.
     """
 
     in_channels = 3
     features_dim = 1024
     unused_keys = ("last_linear.",)
-    """Prefixes of keys that the weight file holds beyond this module's: the ImageNet classifier."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -45,6 +47,10 @@ class BNInception(nn.Module):
                 self._blocks.append(self._block(row))
 
     def forward(self, images: Tensor) -> Tensor:
+        if images.shape[2] % 32 or images.shape[3] % 32:
+            raise UserError(
+                f"images.size: bn_inception takes multiples of 32 such as 224, not {images.shape[2]}x{images.shape[3]}"
+            )
         features = images
         for branches in self._blocks:
             outputs = [self._run(names, features) for names in branches]

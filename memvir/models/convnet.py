@@ -4,15 +4,15 @@ from collections.abc import Sequence
 
 from torch import nn
 
+from memvir.models.backbone import Backbone
 
-class ConvNet(nn.Sequential):
+
+class ConvNet(nn.Sequential, Backbone):
     """forward: images (B, in_channels, H, W) -> features (B, widths[-1], H/2^n, W/2^n), rounded up, after ReLU.
 
     A 3x3 convolution of stride 2, BatchNorm and ReLU for each of the n `widths`, its output channels. PyTorch's default
     initialisation: uniform within 1/sqrt(fan-in).
     """
-
-    unused_keys = ()
 
     def __init__(self, widths: Sequence[int], in_channels: int) -> None:
         layers: list[nn.Module] = []
@@ -21,5 +21,5 @@ class ConvNet(nn.Sequential):
             convolution = nn.Conv2d(inputs, outputs, 3, stride=2, padding=1, bias=False)
             layers += [convolution, nn.BatchNorm2d(outputs), nn.ReLU(inplace=True)]
         super().__init__(*layers)
-        self.in_channels: int = in_channels
-        self.features_dim: int = widths[-1]
+        self.in_channels = in_channels
+        self.features_dim = widths[-1]

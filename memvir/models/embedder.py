@@ -5,6 +5,8 @@ from collections.abc import Callable
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from memvir.models.backbone import Backbone
+
 
 def average(features: Tensor) -> Tensor:
     return features.mean((2, 3))  # (B, F, h, w) -> (B, F)
@@ -26,7 +28,7 @@ class Embedder(nn.Module):
     """forward: images (B, in_channels, H, W) -> embeddings (B, D), not normalised; losses and evaluation do that.
 
     Args:
-        backbone: a module with `features_dim`, F, whose forward gives features (B, F, h, w).
+        backbone: gives features (B, F, h, w), F its `features_dim`.
         pooling: gap (global average), gmp (global maximum) or gap_gmp (their sum).
         embedding_dim: D.
         freeze_batch_norm: keep BatchNorm layers in eval mode whatever `train` says, so that their running statistics
@@ -35,7 +37,7 @@ class Embedder(nn.Module):
     The linear layer has a bias; both start as PyTorch's default, uniform within 1/sqrt(F).
     """
 
-    def __init__(self, backbone: nn.Module, pooling: str, embedding_dim: int, freeze_batch_norm: bool) -> None:
+    def __init__(self, backbone: Backbone, pooling: str, embedding_dim: int, freeze_batch_norm: bool) -> None:
         super().__init__()
         self.backbone = backbone
         self.pool = POOLINGS[pooling]

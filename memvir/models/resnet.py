@@ -4,8 +4,10 @@ from collections import OrderedDict
 
 from torch import nn
 
+from memvir.models.backbone import Backbone
 
-class ResNet(nn.Sequential):
+
+class ResNet(nn.Sequential, Backbone):
     """forward: images (B, 3, H, W) -> features (B, 512 or 2048, H/32, W/32), rounded up, after ReLU.
 
     torchvision's ResNet of `depth` 18, 34, 50 or 101 (He et al., https://arxiv.org/abs/1512.03385) up to its last
@@ -24,4 +26,4 @@ class ResNet(nn.Sequential):
         del layers["avgpool"]
         features_dim = layers.pop("fc").in_features
         super().__init__(layers)
-        self.features_dim: int = features_dim
+        self.features_dim = features_dim

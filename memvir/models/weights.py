@@ -6,14 +6,14 @@ import json
 import re
 import shutil
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from memvir.config import Model, Weights
 from memvir.errors import UserError
 from memvir.files import atomic_write, file_hash, write_json
+from memvir.models.backbone import Backbone
 
 SOURCE = "source.json"
 """Beside the weight file: where it came from and its sha256; or that the recipe starts from random weights."""
@@ -29,13 +29,13 @@ def fetch_weights(model: Model, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     earlier = _read_source(folder)
     weights = _wanted(model)
-    content: dict[str, Any] = {"backbone": model.backbone, "pretrained": model.pretrained}
+    content: dict[str, str] = {"backbone": model.backbone, "pretrained": model.pretrained}
     if weights is not None:
         target = folder / _file_name(model, weights)
         used = _obtain(weights, target)
         content |= {"file": target.name, "source": used, "sha256": file_hash(target, "sha256")}
         if used == str(target) and earlier.get("sha256") == content["sha256"]:
-            content["source"] = earlier["source"]  # it was there already: what the earlier call said holds
+            content["source"] = earlier.get("source", used)  # it was there already: what the earlier call said holds
     # only what an earlier call put here, never what a person did
     if "file" in earlier and earlier["file"] != content.get("file"):
         (folder / Path(earlier["file"]).name).unlink(missing_ok=True)
@@ -57,7 +57,7 @@ def find_weights(model: Model, folder: Path) -> Path | None:
     return path
 
 
-def load_weights(backbone: nn.Module, path: Path) -> None:
+def load_weights(backbone: Backbone, path: Path) -> None:
     """Copy a weight file into `backbone`.
 
     The file's keys and shapes must be those of the backbone, apart from `backbone.unused_keys` (the classifier), which
@@ -68,7 +68,7 @@ def load_weights(backbone: nn.Module, path: Path) -> None:
     would run code is refused unread.
     """
     found = _read(path)
-    found = {key: value for key, value in found.items() if not key.startswith(tuple(backbone.unused_keys))}
+    found = {key: value for key, value in found.items() if not key.startswith(backbone.unused_keys)}
     expected = backbone.state_dict()
     counters = {key for key in expected if key.endswith(".num_batches_tracked")}
     if not counters & found.keys():
@@ -157,9 +157,10 @@ def _check_hash(path: Path, weights: Weights, action: str) -> None:
         )
 
 
-def _read_source(folder: Path) -> dict[str, Any]:
+def _read_source(folder: Path) -> dict[str, str]:
     try:
         content = json.loads((folder / SOURCE).read_text(encoding="utf-8"))
     except (FileNotFoundError, ValueError):
         return {}
-    return content if isinstance(content, dict) else {}
+    whole = isinstance(content, dict) and all(isinstance(value, str) for value in content.values())
+    return content if whole else {}
