@@ -442,7 +442,7 @@ def parse_params(raw: Any) -> Params:
         if not isinstance(key, str):
             raise UserError(f"{_describe(key)}: keys must be text")
         if key not in SECTIONS and not isinstance(value, dict):
-            raise UserError(f"{key}: unknown key{_suggest(key, SECTIONS)}")
+            raise UserError(f"{_key(key)}: unknown key{_suggest(key, SECTIONS)}")
     known = {key: value for key, value in raw.items() if key in SECTIONS}
     recipes = {key: value for key, value in raw.items() if key not in SECTIONS}
     params = _validate(Params, {**known, "recipes": recipes}, prefix="")
@@ -508,7 +508,7 @@ def _one_line(error: ValidationError, raw: Any, prefix: str) -> str:
         elif position < len(first["loc"]) - 1 or part == "[key]":
             continue  # the name of a union's member, which is not a key of the file
         if part != "recipes":
-            keys.append(str(part))
+            keys.append(_key(part))
     key = ".".join(keys) or "params"
     if first["type"] == "extra_forbidden":
         return f"{key}: unknown key{_suggest(str(first['loc'][-1]), _field_names())}"
@@ -529,6 +529,10 @@ def _field_names() -> set[str]:
 def _suggest(key: str, choices: Any) -> str:
     close = difflib.get_close_matches(key, choices, n=1)
     return f"; did you mean {close[0]}?" if close else ""
+
+
+def _key(part: Any) -> str:
+    return part if isinstance(part, str) and re.fullmatch(r"[\w-]{1,64}", part) else _describe(part)
 
 
 def _describe(value: Any) -> str:
