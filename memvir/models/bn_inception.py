@@ -89,12 +89,15 @@ class BNInception(Backbone):
     def _convolution(self, name: str, inputs: int, outputs: int, kernel: int, stride: int = 1) -> list[str]:
         convolution = nn.Conv2d(inputs, outputs, kernel, stride, padding=kernel // 2)
         nn.init.kaiming_normal_(convolution.weight, nonlinearity="relu")
+        assert convolution.bias is not None
         nn.init.zeros_(convolution.bias)
         self.add_module(name, convolution)
         self.add_module(f"{name}_bn", nn.BatchNorm2d(outputs))
         return [name, f"{name}_bn", "relu"]
 
     def _pool(self, name: str, kind: str, stride: int, padding: int) -> list[str]:
-        pool = {"max": nn.MaxPool2d, "avg": nn.AvgPool2d}[kind]  # the average counts the zeros of the padding
-        self.add_module(name, pool(3, stride, padding, ceil_mode=True))
+        if kind == "max":
+            self.add_module(name, nn.MaxPool2d(3, stride, padding, ceil_mode=True))
+        else:
+            self.add_module(name, nn.AvgPool2d(3, stride, padding, ceil_mode=True, count_include_pad=True))
         return [name]
