@@ -302,6 +302,15 @@ class Variant(Section):
         return ("MemVir + " if self.memvir else "") + DISPLAY_NAMES[self.loss.name]
 
 
+class Resources(Section):
+    """What one run takes of a machine when `stages.sweep` runs several at once. Changing it re-runs nothing."""
+
+    cpus: Annotated[int, Field(ge=1, le=1024)] = 1
+    """Cores: training threads and loader workers together."""
+    gpus: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """GPUs; a fraction lets several runs share one."""
+
+
 class Recipe(Section):
     """All that shapes the numbers of one data set."""
 
@@ -310,6 +319,7 @@ class Recipe(Section):
     model: Model
     training: Training
     evaluation: Evaluation
+    resources: Resources = Resources()
     variants: Annotated[dict[Name, Variant], Field(min_length=1)]
 
     def baseline_of(self, variant: str) -> str | None:

@@ -1,0 +1,211 @@
+"""Run what is out of date on many cores or GPUs at once: `dvc repro`, side by side.
+
+Asks DVC which training and evaluation stages are out of date, runs them with Ray, hands the results back to DVC and
+lets `dvc repro` make the tables and reports. The results are those of a plain `dvc repro`, byte for byte.
+
+    python -m stages.sweep                    as many runs as this machine has room for
+    python -m stages.sweep --jobs 2           two at a time
+    python -m stages.sweep --address auto     on the Ray cluster that this machine belongs to
+
+Ctrl-C saves every run; the same command continues. Each run takes the cores and GPUs of its recipe's `resources`.
+"""
+
+import argparse
+import re
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from memvir.config import Params, load_params
+from memvir.errors import UserError
+from memvir.files import write_text
+from stages import describe
+from stages.plan import Job, ask_dvc, plan
+
+UPSTREAM = ("download", "prepare", "weights")
+COMMIT_EVERY = 60.0  # seconds; a `dvc commit` takes about one, whatever the number of stages
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--jobs", type=int, help="runs at a time on this machine; default: as many as fit")
+    parser.add_argument("--address", help="a Ray cluster's address, such as auto or ray-head:6379")
+    parser.add_argument("--plan", action="store_true", help="print what would run, and stop")
+    options = parser.parse_args()
+    try:
+        sys.exit(sweep(load_params(), options.jobs, options.address, options.plan))
+    except (UserError, OSError) as error:
+        sys.exit(f"error: {describe(error)}")
+
+
+def sweep(params: Params, jobs: int | None, address: str | None, only_plan: bool) -> int:
+    """The exit code: 0 if everything is up to date in the end, 1 if a run failed, 130 after Ctrl-C."""
+    if not only_plan and dvc("repro", *UPSTREAM):
+        return 1
+    planned = plan(*ask_dvc(), params)
+    print(f"{len(planned)} stages are out of date", file=sys.stderr)
+    if only_plan:
+        for job in planned:
+            print(job.stage.name, *(["after", *job.after] if job.after else []))
+        return 0
+    code = run_all(planned, params, jobs, address) if planned else 0
+    return code or min(dvc("repro"), 1)
+
+
+def run_all(planned: Sequence[Job], params: Params, jobs: int | None, address: str | None) -> int:
+    """Run the jobs with Ray and commit what succeeds; a failure is named at once and the rest goes on."""
+    try:
+        import ray
+        from ray.util.queue import Queue
+    except ImportError:
+        raise UserError("a sweep needs Ray: pip install -r requirements-cluster.txt") from None
+    from stages import cluster
+
+    most = max(params.recipe(job.stage.option("dataset")).resources.cpus for job in planned)
+    cluster.connect(address, jobs * most if jobs else None)
+    room = ray.cluster_resources()
+    workspace = cluster.Workspace(Path.cwd(), uuid.uuid4().hex)
+    write_text(workspace.root / cluster.TOKEN, workspace.token)
+    inputs = ray.put(cluster.pack(workspace.root, shipped(planned)) if address else None)
+    lines = Queue(actor_options={"num_cpus": 0})
+    tasks: dict[str, ray.ObjectRef] = {}
+    for job in planned:
+        stage = job.stage
+        needs = params.recipe(stage.option("dataset")).resources
+        if needs.cpus > room.get("CPU", 0) or needs.gpus > room.get("GPU", 0):
+            raise UserError(
+                f"{stage.option('dataset')}.resources: a run asks for {needs.cpus} cores and {needs.gpus:g} GPUs, and "
+                f"there are {room.get('CPU', 0):g} and {room.get('GPU', 0):g}; ask for less or use a larger machine"
+            )
+        task = cluster.run_stage.options(name=stage.name, num_cpus=needs.cpus, num_gpus=needs.gpus)
+        before = [tasks[name] for name in job.after]
+        outs = sorted(stage.outs)
+        tasks[stage.name] = task.remote(stage.name, stage.run, stage.command, outs, workspace, inputs, lines, *before)
+    done: list[str] = []
+    failures = 0
+    display = Display(planned)
+    last_commit = time.monotonic()
+    try:
+        for outcome in finished(tasks, display, lines):
+            if outcome.code:
+                failures += 1
+                display.say(f"{outcome.stage} failed: {outcome.message}")
+                continue
+            if outcome.outputs is not None:
+                cluster.unpack(outcome.outputs, workspace.root)
+            done.append(outcome.stage)
+            if time.monotonic() - last_commit > COMMIT_EVERY:
+                commit(done)
+                last_commit = time.monotonic()
+    except KeyboardInterrupt:
+        display.say("stopping: every run saves a checkpoint")
+        for task in tasks.values():
+            ray.cancel(task)
+        ray.wait(list(tasks.values()), num_returns=len(tasks), timeout=600)
+        display.say("stopped; run the same command again to continue")
+        return 130
+    finally:
+        display.close()
+        commit(done)
+        (workspace.root / cluster.TOKEN).unlink(missing_ok=True)
+        ray.shutdown()
+    if failures:
+        print(f"{failures} of {len(planned)} stages failed; the others are done", file=sys.stderr)
+    return min(failures, 1)
+
+
+def finished(tasks: dict, display: "Display", lines: object) -> Iterator:
+    """The outcomes of the tasks as they end, showing the lines that the runs print meanwhile."""
+    import ray
+
+    from stages.cluster import Outcome
+
+    waiting = {task: name for name, task in tasks.items()}
+    while waiting:
+        ready, _ = ray.wait(list(waiting), timeout=0.5)
+        for run, line in lines.get_nowait_batch(lines.qsize()):  # type: ignore[attr-defined]
+            display.line(run, line)
+        for task in ready:
+            name = waiting.pop(task)
+            try:
+                outcome = ray.get(task)
+            except ray.exceptions.RayError as error:
+                outcome = Outcome(name, 1, " ".join(str(error).split())[:200])
+            display.ended(name, outcome.code)
+            yield outcome
+
+
+def shipped(planned: Sequence[Job]) -> list[str]:
+    """What a node without the shared folder needs: code, settings, and the data sets of the jobs."""
+    datasets = {job.stage.option("dataset") for job in planned}
+    data = [f"dataset/{name}/{part}" for name in sorted(datasets) for part in ("index.csv", "images", "weights")]
+    runs = [out for job in planned for out in sorted(job.stage.deps) if out.startswith("runs/") and not job.after]
+    return ["params.yaml", "memvir", "stages", *data, *runs]
+
+
+def commit(done: list[str]) -> None:
+    """Tell DVC that these stages' outputs belong to the present inputs."""
+    if done and dvc("commit", "--force", "--quiet", *done) == 0:
+        done.clear()
+
+
+def dvc(*arguments: str) -> int:
+    return subprocess.run([sys.executable, "-m", "dvc", *arguments]).returncode
+
+
+class Display:
+    """A live table of the runs at work on a terminal, plain lines elsewhere."""
+
+    def __init__(self, planned: Sequence[Job]) -> None:
+        from rich.console import Console
+        from rich.live import Live
+
+        self.console = Console(stderr=True)
+        self.rows: dict[str, tuple[str, ...]] = {}
+        self.stages = {job.stage.name: job.stage for job in planned}
+        self.total, self.done = len(planned), 0
+        self.live = (
+            Live(self._table(), console=self.console, refresh_per_second=2) if self.console.is_terminal else None
+        )
+        if self.live:
+            self.live.start()
+
+    def line(self, run: str, text: str) -> None:
+        """A line that a run printed; those of its progress become its row of the table."""
+        match = re.search(r"epoch (\d+/\d+): loss ([\d.]+), Recall@1 ([\d.]+%), .*, (\S+) left", text)
+        if match:
+            self.rows[run] = match.groups()
+        if self.live:
+            self.live.update(self._table())
+        else:
+            print(text if match else f"{run}: {text}", file=sys.stderr, flush=True)
+
+    def ended(self, stage: str, code: int) -> None:
+        self.done += 1
+        self.rows.pop(self.stages[stage].run, None)
+        if self.live:
+            self.live.update(self._table())
+        elif not code:
+            print(f"{stage} done ({self.done} of {self.total})", file=sys.stderr, flush=True)
+
+    def say(self, text: str) -> None:
+        self.console.print(text, markup=False, highlight=False)
+
+    def close(self) -> None:
+        if self.live:
+            self.live.stop()
+
+    def _table(self):  # type: ignore[no-untyped-def]
+        from rich.table import Table
+
+        table = Table("run", "epoch", "loss", "Recall@1", "time left", title=f"{self.done} of {self.total} stages done")
+        for run, cells in sorted(self.rows.items()):
+            table.add_row(run, *cells)
+        return table
+
+
+if __name__ == "__main__":
+    main()
