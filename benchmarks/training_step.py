@@ -39,10 +39,8 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     params = load_params()
-    times = {
-        variant: time_parts(params.run("cars196", variant, 1), arguments.batch_size, arguments.steps)
-        for variant in COMPARED
-    }
+    runs = {variant: params.run("cars196", variant, 1) for variant in COMPARED}
+    times = time_parts(runs, arguments.batch_size, arguments.steps)
     print(
         f"### A training step of BN-Inception at 224, batch {arguments.batch_size}\n\n"
         f"{processor()}, {arguments.threads} thread(s), torch {torch.__version__}, fp32; "
@@ -59,27 +57,34 @@ def main() -> None:
     print(duration_table({name: params.run("cars196", name, 1) for name in params.variants}, rate))
 
 
-def time_parts(run: Run, batch_size: int, steps: int) -> dict[str, float]:
-    """Seconds of each of PARTS in one training step."""
+def time_parts(runs: dict[str, Run], batch_size: int, steps: int) -> dict[str, dict[str, float]]:
+    """Seconds of each of PARTS in one training step of each run; the runs take turns, so that noise falls on all."""
+    seconds: dict[str, dict[str, list[float]]] = {name: defaultdict(list) for name in runs}
+    trained = {name: build(run, batch_size) for name, run in runs.items()}
+    for _ in range(steps + 1):
+        for name, run in runs.items():
+            images = torch.randn(batch_size, 3, run.images.size, run.images.size) * 50
+            labels = torch.randint(NUM_CLASSES, (batch_size,))
+            for part, taken in time_step(*trained[name], images, labels).items():
+                seconds[name][part].append(taken)
+    return {
+        name: {part: statistics.median(taken[1:]) for part, taken in parts.items()} for name, parts in seconds.items()
+    }
+
+
+def build(run: Run, batch_size: int) -> tuple[Embedder, nn.Module, torch.optim.Optimizer]:
+    """A run's embedder, loss and optimiser, with MemVir's memory full."""
     torch.manual_seed(0)
     embedder = build_embedder(run.model.model_copy(update={"pretrained": "none"}), in_channels=3, weights=None)
     loss = build_run_loss(run, NUM_CLASSES)
-    optimizer = build_optimizer(run.training.optimizer, embedder, loss)
     if isinstance(loss, MemVir):
         fill(loss, batch_size, run.model.embedding_dim)
-    seconds = defaultdict(list)
-    for _ in range(steps + 1):
-        images = torch.randn(batch_size, 3, run.images.size, run.images.size) * 50
-        labels = torch.randint(NUM_CLASSES, (batch_size,))
-        for part, taken in time_step(embedder, loss, optimizer, images, labels).items():
-            seconds[part].append(taken)
-    assert not isinstance(loss, MemVir) or loss.num_virtual_classes == loss.num_steps * NUM_CLASSES, "memory not full"
-    return {part: statistics.median(taken[1:]) for part, taken in seconds.items()}
+    return embedder, loss, build_optimizer(run.training.optimizer, embedder, loss)
 
 
 def fill(loss: MemVir, batch_size: int, dim: int) -> None:
-    """As many steps as it takes until the next one uses all N past steps."""
-    for _ in range(loss.num_steps * (loss.step_gap + 1)):
+    """As many steps as it takes until one uses all N past steps."""
+    while loss.num_virtual_classes < loss.num_steps * NUM_CLASSES:
         loss(F.normalize(torch.randn(batch_size, dim)), torch.randint(NUM_CLASSES, (batch_size,))).detach()
 
 
