@@ -178,7 +178,7 @@ def _write_bytes(path: Path, content: bytes) -> None:
 
 def _write_arrays(path: Path, arrays: dict[str, np.ndarray]) -> None:
     buffer = io.BytesIO()
-    np.savez(buffer, **arrays)
+    np.savez(buffer, allow_pickle=False, **arrays)
     _write_bytes(path, buffer.getvalue())
 
 

@@ -151,7 +151,7 @@ class Trainer:
             self.best.update(self.epoch, metrics, self.embedder)
         if self.epoch in self.run.snapshots:
             self.snapshots[self.epoch] = self._snapshot()
-        rates = self.scheduler.get_last_lr()
+        rates = [float(rate) for rate in self.scheduler.get_last_lr()]
         self.history.append(
             epoch=self.epoch,
             step=self.step,

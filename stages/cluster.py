@@ -3,6 +3,7 @@
 import contextlib
 import ctypes
 import io
+import logging
 import os
 import shlex
 import signal
@@ -125,12 +126,12 @@ def connect(address: str | None, cpus: int | None) -> None:
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     if address:
-        ray.init(address=address, log_to_driver=False, logging_level="error")
+        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
     else:
         ray.init(
             num_cpus=cpus,
             include_dashboard=False,
             log_to_driver=False,
-            logging_level="error",
+            logging_level=logging.ERROR,
             _node_ip_address="127.0.0.1",
         )

@@ -80,10 +80,12 @@ def run_all(planned: Sequence[Job], params: Params, jobs: int | None, address: s
                 f"{stage.option('dataset')}.resources: a run asks for {needs.cpus} cores and {needs.gpus:g} GPUs, and "
                 f"there are {room.get('CPU', 0):g} and {room.get('GPU', 0):g}; ask for less or use a larger machine"
             )
-        task = cluster.run_stage.options(name=stage.name, num_cpus=needs.cpus, num_gpus=needs.gpus)
+        run_stage = cluster.run_stage.options(name=stage.name, num_cpus=needs.cpus, num_gpus=needs.gpus)
         before = [tasks[name] for name in job.after]
         outs = sorted(stage.outs)
-        tasks[stage.name] = task.remote(stage.name, stage.run, stage.command, outs, workspace, inputs, lines, *before)
+        tasks[stage.name] = run_stage.remote(
+            stage.name, stage.run, stage.command, outs, workspace, inputs, lines, *before
+        )
     done: list[str] = []
     failures = 0
     display = Display(planned)
