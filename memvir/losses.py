@@ -38,7 +38,7 @@ MASKED = -1e30  # a logit that takes no part; finite, because the gradient of a 
 
 def without_autocast(device: torch.device) -> AbstractContextManager:
     """Losses exponentiate scaled similarities, which half precision does not carry: autocast stays outside."""
-    if torch.amp.is_autocast_available(device.type):
+    if torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type):
         return torch.autocast(device.type, enabled=False)
     return nullcontext()
 

@@ -23,6 +23,9 @@ from torch.func import functional_call
 from memvir.errors import UserError
 from memvir.losses import MASKED, ProxyLoss, without_autocast
 
+# What follows the rows of a short batch in each buffer; a padded anchor counts 0
+PADDING = {"past_embeddings": 0, "past_labels": -1, "past_proxies": 0, "past_positive": 0, "past_counted": 0}
+
 
 class MemVir(nn.Module):
     """A proxy loss with virtual classes from memory: forward(embeddings (B, D), labels (B,)) -> scalar.
@@ -98,40 +101,35 @@ class MemVir(nn.Module):
         with torch.no_grad():
             self._commit()
             self._reserve(len(embeddings), embeddings.device)
+        compute = self._concatenated if self.concatenate else self._two_strips
         residue, turn = self._place(self._step)
-        self._slots_used = min(turn, self.num_steps)
-        self._step += 1
+        n = min(turn, self.num_steps)
         with without_autocast(embeddings.device):
-            if self.concatenate:
-                return self._concatenated(embeddings, labels)
-            return self._two_strips(embeddings, labels, residue, self._slots_used)
+            loss, pending = compute(embeddings, labels, residue, turn, n)
+        # together, so that a step which fails has not happened
+        self._pending, self._step, self._slots_used = pending, self._step + 1, n
+        return loss
 
     def steps_in_use(self) -> list[tuple[int, Tensor, Tensor, Tensor]]:
         """The past steps that the last forward used, newest first: (k, embeddings (b, D), labels (b,), proxies (C, D)).
 
         k counts from 1: the step was k(M+1) steps before the last one.
         """
-        residue, turn = self._place(self._step - 1)
-        steps = []
-        for k in range(1, self._slots_used + 1):
-            slot = (turn - k) % self.num_steps
-            size = self._sizes[residue][slot]
-            embeddings = self.past_embeddings[residue, slot, :size].to(self.dtype)
-            proxies = self.past_proxies[residue, slot].to(self.dtype)
-            steps.append((k, embeddings, self.past_labels[residue, slot, :size], proxies))
-        return steps
+        return self._past_steps(*self._place(self._step - 1), self._slots_used)
 
     # --- the loss ----------------------------------------------------------------------------------------------------
 
-    def _two_strips(self, embeddings: Tensor, labels: Tensor, residue: int, n: int) -> Tensor:
-        """The O(N) way: see the top of this file."""
+    def _two_strips(
+        self, embeddings: Tensor, labels: Tensor, residue: int, turn: int, n: int
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The O(N) way: see the top of this file. Returns the loss and what `_commit` shall write."""
         loss = self.loss
         embeddings, proxies = loss.inputs(embeddings)  # (B, D), (C, D)
         own, positive, counted = loss.block(embeddings, proxies, labels)  # (A,) each
-        self._pend(embeddings, labels, proxies)
-        self._pending |= {"past_positive": positive.detach(), "past_counted": counted, "own": own.detach()}
+        pending = self._stored(embeddings, labels, proxies, copy=not loss.normalised)
+        pending |= {"past_positive": positive.detach(), "past_counted": counted, "own": own.detach()}
         if n == 0:
-            return loss.combine(own, positive, counted)[0]
+            return loss.combine(own, positive, counted)[0], pending
 
         past_embeddings = self.past_embeddings[residue, :n].flatten(0, 1).to(embeddings.dtype)  # (nB, D), a view
         past_proxies = self.past_proxies[residue, :n].flatten(0, 1).to(embeddings.dtype)  # (nC, D), a view
@@ -155,23 +153,21 @@ class MemVir(nn.Module):
             past_others,
             padding,
         )
-        self._pending |= {"across": across, "down": down}
-        return value
+        return value, pending | {"across": across, "down": down}
 
-    def _concatenated(self, embeddings: Tensor, labels: Tensor) -> Tensor:
+    def _concatenated(
+        self, embeddings: Tensor, labels: Tensor, residue: int, turn: int, n: int
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         """The definition, for a loss of any kind: one call with everything, O(N^2) logits."""
-        embeddings = embeddings.to(self.dtype)
-        self._pend(embeddings, labels, self.proxies)
-        num_classes = len(self.proxies)
-        steps = self.steps_in_use()
-        return functional_call(
-            self.loss,
-            {"proxies": torch.cat([self.proxies, *(proxies for _, _, _, proxies in steps)])},  # ((n+1)C, D)
-            (
-                torch.cat([embeddings, *(past for _, past, _, _ in steps)]),  # ((n+1)B, D)
-                torch.cat([labels, *(past + k * num_classes for k, _, past, _ in steps)]),
-            ),
+        embeddings, num_classes = embeddings.to(self.dtype), len(self.proxies)
+        steps = self._past_steps(residue, turn, n)
+        proxies = torch.cat([self.proxies, *(proxies for _, _, _, proxies in steps)])  # ((n+1)C, D)
+        inputs = (
+            torch.cat([embeddings, *(past for _, past, _, _ in steps)]),  # ((n+1)B, D)
+            torch.cat([labels, *(past + k * num_classes for k, _, past, _ in steps)]),
         )
+        loss = functional_call(self.loss, {"proxies": proxies}, inputs)
+        return loss, self._stored(embeddings, labels, self.proxies, copy=True)
 
     # --- the ring ----------------------------------------------------------------------------------------------------
 
@@ -180,22 +176,32 @@ class MemVir(nn.Module):
         turn, residue = divmod(step, self.step_gap + 1)
         return residue, turn
 
-    def _layout(self, batch_size: int) -> dict[str, tuple[tuple[int, ...], torch.dtype, int]]:
-        """Shape, type and padding of each buffer."""
+    def _past_steps(self, residue: int, turn: int, n: int) -> list[tuple[int, Tensor, Tensor, Tensor]]:
+        steps = []
+        for k in range(1, n + 1):
+            slot = (turn - k) % self.num_steps
+            size = self._sizes[residue][slot]
+            embeddings = self.past_embeddings[residue, slot, :size].to(self.dtype)
+            proxies = self.past_proxies[residue, slot].to(self.dtype)
+            steps.append((k, embeddings, self.past_labels[residue, slot, :size], proxies))
+        return steps
+
+    def _layout(self, batch_size: int) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        """Shape and type of each buffer."""
         num_classes, dim = self.proxies.shape
         slots, dtype = (self.step_gap + 1, self.num_steps), self.dtype
         layout = {
-            "past_embeddings": ((*slots, batch_size, dim), self.storage_dtype or dtype, 0),
-            "past_labels": ((*slots, batch_size), torch.int64, -1),
-            "past_proxies": ((*slots, num_classes, dim), self.storage_dtype or dtype, 0),
+            "past_embeddings": ((*slots, batch_size, dim), self.storage_dtype or dtype),
+            "past_labels": ((*slots, batch_size), torch.int64),
+            "past_proxies": ((*slots, num_classes, dim), self.storage_dtype or dtype),
         }
         if not self.concatenate:
             num_anchors = num_classes if self.loss.anchors_are_proxies else batch_size
             layout |= {
-                "past_positive": ((*slots, num_anchors), dtype, 0),
-                "past_counted": ((*slots, num_anchors), dtype, 0),
+                "past_positive": ((*slots, num_anchors), dtype),
+                "past_counted": ((*slots, num_anchors), dtype),
                 # [residue, i, a, j]: log-sum-exp of anchor a of slot i over the others of slot j
-                "block_lse": ((*slots, num_anchors, self.num_steps), dtype, 0),
+                "block_lse": ((*slots, num_anchors, self.num_steps), dtype),
             }
         return layout
 
@@ -203,18 +209,19 @@ class MemVir(nn.Module):
         """Allocate the memory for steps of up to `batch_size` embeddings, keeping what it holds."""
         if self.past_labels is not None and batch_size <= self.past_labels.shape[2]:
             return
-        for name, (shape, dtype, padding) in self._layout(batch_size).items():
-            held, new = getattr(self, name), torch.full(shape, padding, dtype=dtype, device=device)
+        for name, (shape, dtype) in self._layout(batch_size).items():
+            held, new = getattr(self, name), torch.full(shape, PADDING.get(name, 0), dtype=dtype, device=device)
             if held is not None:
                 new[tuple(slice(length) for length in held.shape)] = held
             setattr(self, name, new)
 
-    def _pend(self, embeddings: Tensor, labels: Tensor, proxies: Tensor) -> None:
-        """Keep this step for `_commit`. Copies, since the caller's tensors and the parameter change in place."""
-        self._pending = {
-            "past_embeddings": embeddings.detach().to(self.storage_dtype or self.dtype, copy=True),
+    def _stored(self, embeddings: Tensor, labels: Tensor, proxies: Tensor, copy: bool) -> dict[str, Tensor]:
+        """A step as it is stored; copied where the caller or the optimiser may change the tensors in place."""
+        dtype = self.storage_dtype or self.dtype
+        return {
+            "past_embeddings": embeddings.detach().to(dtype, copy=copy),
             "past_labels": labels.clone(),
-            "past_proxies": proxies.detach().to(self.storage_dtype or self.dtype, copy=True),
+            "past_proxies": proxies.detach().to(dtype, copy=copy),
         }
 
     def _commit(self) -> None:
@@ -224,23 +231,22 @@ class MemVir(nn.Module):
         """
         if not self._pending:
             return
-        pending, self._pending = self._pending, {}
+        pending = self._pending
         residue, turn = self._place(self._step - 1)
         slot, n = turn % self.num_steps, min(turn, self.num_steps)
         self._sizes[residue][slot] = len(pending["past_labels"])
-        for name, (_, _, padding) in self._layout(0).items():
-            if name == "block_lse":
-                continue
-            target, value = getattr(self, name)[residue, slot], pending[name]
-            target[: len(value)] = value
-            if len(value) < len(target):
-                target[len(value) :] = padding
+        for name in pending.keys() & PADDING.keys():
+            buffer, value = getattr(self, name), pending[name]
+            buffer[residue, slot, : len(value)] = value
+            if len(value) < buffer.shape[2]:
+                buffer[residue, slot, len(value) :] = PADDING[name]
         if not self.concatenate:
             block_lse, num_anchors = self.block_lse[residue], len(pending["own"])
             if n:
                 block_lse[:n, :, slot] = pending["down"]
                 block_lse[slot, :num_anchors, :n] = pending["across"]
             block_lse[slot, :num_anchors, slot] = pending["own"]
+        self._pending = {}
 
     # --- saving ------------------------------------------------------------------------------------------------------
 
@@ -314,33 +320,35 @@ class _CombinedWithPast(torch.autograd.Function):
         padding: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         n, num_anchors = len(block_lse), len(own)
-        right = (loss.factor * anchors) @ past_others.T  # (A, D) @ (D, nK) -> (A, nK)
+        logits = (loss.factor * anchors) @ past_others.T  # (A, D) @ (D, nK) -> (A, nK)
         if padding is not None:
-            right += padding
-        right, right_highest, across = _logsumexp(right.unflatten(1, (n, -1)))  # (A, n, K), (A, n, 1), (A, n)
-        below = past_anchors @ (loss.factor * others).T  # (nA, D) @ (D, K) -> (nA, K)
-        below, below_highest, down = _logsumexp(below.unflatten(0, (n, -1)))  # (n, A, K), (n, A, 1), (n, A)
-        current = torch.logaddexp(own, _logsumexp(across.clone())[2])  # (A,)
-        past = torch.logaddexp(down, _logsumexp(block_lse.clone())[2])  # (n, A)
+            logits += padding
+        right, right_sum, across = _logsumexp(logits.unflatten(1, (n, -1)))  # (A, n, K), (A, n), (A, n)
+        logits = past_anchors @ (loss.factor * others).T  # (nA, D) @ (D, K) -> (nA, K)
+        below, below_sum, down = _logsumexp(logits)  # (nA, K), (nA,), (nA,)
 
+        # what each of the R = A + nA anchors is compared with, in 1 + n blocks: the current step's others, each slot's
+        current = torch.cat([own[:, None], across], 1)  # (A, 1 + n)
+        past = torch.cat([down[:, None], block_lse.flatten(0, 1)], 1)  # (nA, 1 + n)
+        blocks, blocks_sum, lse = _logsumexp(torch.cat([current, past]))  # (R, 1 + n), (R,), (R,)
         value, by_lse, by_positive = loss.combine(
-            torch.cat([current, past.flatten()]),
+            lse,
             torch.cat([positive, past_positive.flatten()]),
             torch.cat([counted, past_counted.flatten()]),
         )
         if any(ctx.needs_input_grad):
-            # by a logit: its share of the sum, exp(logit - lse), times the derivative by the log-sum-exp
-            by_current, by_past = by_lse[:num_anchors], by_lse[num_anchors:].view_as(past)
-            right *= (loss.factor * by_current[:, None] * (right_highest[:, :, 0] - current[:, None]).exp_())[
-                :, :, None
-            ]
-            below *= (loss.factor * by_past * (below_highest[:, :, 0] - past).exp_())[:, :, None]
+            # the derivative of a log-sum-exp by a logit is its exponential's share of the sum
+            by_block = blocks * (by_lse / blocks_sum)[:, None]  # (R, 1 + n)
+            by_logit = loss.factor * by_block
+            right *= (by_logit[:num_anchors, 1:] / right_sum)[:, :, None]
+            below *= (by_logit[num_anchors:, 0] / below_sum)[:, None]
             ctx.save_for_backward(
-                by_current * (own - current).exp_(),
+                by_block[:num_anchors, 0],
                 by_positive[:num_anchors],
-                right.flatten(1) @ past_others,
-                below.flatten(0, 1).T @ past_anchors,
+                right.flatten(1) @ past_others,  # (A, nK) @ (nK, D) -> (A, D)
+                below.T @ past_anchors,  # (K, nA) @ (nA, D) -> (K, D)
             )
+        down = down.view(n, -1)
         ctx.mark_non_differentiable(across, down)
         ctx.set_materialize_grads(False)
         return value, across, down
@@ -352,10 +360,11 @@ class _CombinedWithPast(torch.autograd.Function):
 
 
 def _logsumexp(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Of the last dimension: exp(logits - highest), in place of the logits, the highest, and the log-sum-exp.
+    """Of the last dimension: exp(logits - their maximum), in place of the logits, their sum, and the log-sum-exp.
 
-    torch.logsumexp allows for infinite logits, of which there are none here, at twice the time for small matrices.
+    torch.logsumexp keeps neither, and allows for infinite logits, of which there are none here.
     """
-    highest = logits.amax(-1, keepdim=True)
-    exponentials = logits.sub_(highest).exp_()
-    return exponentials, highest, exponentials.sum(-1).log_().add_(highest.squeeze(-1))
+    maximum = logits.amax(-1, keepdim=True)
+    exponentials = logits.sub_(maximum).exp_()
+    total = exponentials.sum(-1)
+    return exponentials, total, total.log().add_(maximum.squeeze(-1))
