@@ -164,7 +164,7 @@ class Model(Section):
     pretrained: Literal["none", "imagenet"]
     """`none` starts from random weights and must be said; `imagenet` needs `weights` for bn_inception."""
     weights: Weights | None = None
-    """bn_inception only: the ImageNet weight file. ResNets take torchvision's own."""
+    """The ImageNet weight file: needed for bn_inception; without it ResNets take torchvision's own."""
     pooling: Literal["gap", "gmp", "gap_gmp"]
     """Global average pooling, global max pooling, or their sum."""
     embedding_dim: Annotated[int, Field(ge=1, le=65536)]
@@ -307,8 +307,8 @@ class Resources(Section):
 
     cpus: Annotated[int, Field(ge=1, le=1024)] = 1
     """Cores: training threads and loader workers together."""
-    gpus: Annotated[float, Field(ge=0, le=1)] = 0.0
-    """GPUs; a fraction lets several runs share one."""
+    gpus: Annotated[float, Field(ge=0, le=1024)] = 0.0
+    """GPUs; a fraction lets several runs share one, and `runtime.processes` GPUs serve one run together."""
 
 
 class Recipe(Section):
@@ -348,6 +348,8 @@ class Runtime(Section):
     """Write a checkpoint at least every so many epochs ..."""
     checkpoint_minutes: Positive = 10.0
     """... and at the end of an epoch once so many minutes have passed."""
+    processes: Annotated[int, Field(ge=1, le=1024)] = 1
+    """GPUs of one run, each with a share of every batch. Changes results in the last digits."""
     deterministic: bool = True
     """Only deterministic GPU kernels: bit-identical runs, a few per cent slower."""
     tf32: bool = False

@@ -35,7 +35,7 @@ def set_up_device(runtime: Runtime) -> "torch.device":
 
     name = runtime.device
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
+        name = f"cuda:{torch.cuda.current_device()}" if torch.cuda.is_available() else "cpu"
     device = torch.device(name)
     if device.type == "cuda":
         if (device.index or 0) >= torch.cuda.device_count():
@@ -66,6 +66,7 @@ def describe_environment(run: Run, device: "torch.device", runtime: Runtime, ind
         "device": gpu or device.type,
         "machine": platform.machine(),
         "deterministic": runtime.deterministic,
+        "processes": runtime.processes,
         "tf32": runtime.tf32,
         "compile": runtime.compile,
         "data": file_hash(index),
@@ -82,7 +83,9 @@ def fingerprint(run: Run, environment: dict[str, Any], weights: Path | None) -> 
 def code_hash() -> str:
     """sha256 of memvir's source files, reporting apart: a checkpoint is not continued by other code."""
     package = Path(__file__).parent
-    files = [file for file in sorted(package.rglob("*.py")) if "reporting" not in file.parts]
+    files = [
+        file for kind in ("*.py", "*.csv") for file in sorted(package.rglob(kind)) if "reporting" not in file.parts
+    ]
     digest = hashlib.sha256()
     for file in files:
         digest.update(f"{file.relative_to(package)}\0{file_hash(file)}\0".encode())

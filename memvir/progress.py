@@ -3,26 +3,26 @@
 import signal
 import sys
 import time
-from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
 from tqdm import tqdm
 
 from memvir.config import Runtime
+from memvir.tensorboard import TensorBoardLog
 
 
 class Progress:
     """Shows finished epochs and turns SIGINT and SIGTERM into a request to stop after the current step.
 
-    A context manager; `on_epoch` is called with the trainer after every epoch.
+    A context manager. Without a board (in all processes of a run but the first) it shows nothing.
     """
 
-    def __init__(self, name: str, epochs: int, runtime: Runtime, on_epoch: Callable[[Any], None] | None = None) -> None:
-        self.name, self.epochs, self.runtime, self.on_epoch = name, epochs, runtime, on_epoch
+    def __init__(self, name: str, epochs: int, runtime: Runtime, board: TensorBoardLog | None) -> None:
+        self.name, self.epochs, self.runtime, self.board = name, epochs, runtime, board
         self.stop_requested = False
         self.signal = 0
-        style = runtime.progress
+        style = runtime.progress if board else "none"
         self.style = ("bar" if sys.stderr.isatty() else "plain") if style == "auto" else style
         self.recall = 0.0
         self.started, self.first_epoch = 0.0, 0
@@ -43,8 +43,8 @@ class Progress:
         if not self.first_epoch:  # a run that is continued did its first epochs in another process
             self.first_epoch = int(row["epoch"])
         self.recall = row.get("recall_at_1", self.recall)
-        if self.on_epoch:
-            self.on_epoch(trainer)
+        if self.board:
+            self.board.add_epoch(row)
         if self.style == "bar":
             self.bar.n = int(row["epoch"])
             self.bar.set_postfix_str(

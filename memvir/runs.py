@@ -1,10 +1,12 @@
 """One run from its files to its files: train it, or evaluate the models that it left."""
 
+import contextlib
 import io
 import json
 import logging
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -19,6 +21,7 @@ from memvir.checkpoint import Checkpoint
 from memvir.config import Affine, Run, Runtime
 from memvir.data import LoadedImages, ResidentImages, TestImages, TrainImages
 from memvir.datasets import read_index
+from memvir.distributed import join_world
 from memvir.environment import describe_environment, fingerprint, loader_workers, set_up_device
 from memvir.errors import UserError
 from memvir.files import write_json, write_text
@@ -53,30 +56,34 @@ class RunFiles:
 def train_run(run: Run, runtime: Runtime, files: RunFiles) -> None:
     """Train a run, continuing from its checkpoint if there is one, and write `files.run` in one step at the end.
 
+    Under torchrun the processes share every batch, and the first one writes.
+
     Raises UserError for what a user can put right. On SIGINT or SIGTERM saves and exits with 128 + the signal.
     """
     started = time.time()
+    world = join_world()
     device = set_up_device(runtime)
     environment = describe_environment(run, device, runtime, files.index)
     weights = _weight_file(run, files)
     path = files.scratch / "checkpoints" / run.dataset / run.variant / f"{run.seed}.pt"
     checkpoint = Checkpoint(path, fingerprint(run, environment, weights))
-    with checkpoint.locked():
+    with checkpoint.locked() if world.is_main else contextlib.nullcontext():
         index = read_index(files.index)
-        trainer = Trainer(run, open_training_data(run, runtime, files, index, device), device, weights, runtime)
+        trainer = Trainer(run, open_training_data(run, runtime, files, index, device), device, weights, runtime, world)
         state = checkpoint.load()
         if state is not None:
             trainer.load_state_dict(state)
             log.info("%s: continuing at epoch %d", run.name, trainer.epoch)
-        board = TensorBoardLog(files.logs, run, trainer.history)
-        with Progress(
-            run.name, run.training.epochs, runtime, lambda t: board.add_epoch(t.history.rows[-1])
-        ) as progress:
+        board = TensorBoardLog(files.logs, run, trainer.history) if world.is_main else None
+        with Progress(run.name, run.training.epochs, runtime, board) as progress:
             try:
                 trainer.train(checkpoint, progress)
             except Interrupted:
-                log.info("%s: saved at epoch %d; run the same command again to continue", run.name, trainer.epoch)
-                sys.exit(128 + progress.signal)
+                if world.is_main:
+                    log.info("%s: saved at epoch %d; run the same command again to continue", run.name, trainer.epoch)
+                sys.exit(128 + (progress.signal or signal.SIGTERM))
+        if board is None:
+            return
         embeddings = trainer.embed_test_images()
         _write_run(trainer, embeddings, environment, files.run)
         names = index.loc[index["split"] == "test", "class_name"].tolist()

@@ -5,6 +5,7 @@ augmentation of an image are functions of (seed, epoch, image), so a run that co
 same bytes as one that was never interrupted.
 """
 
+import contextlib
 import math
 import time
 from collections.abc import Callable
@@ -20,6 +21,7 @@ from memvir import retrieval
 from memvir.checkpoint import Checkpoint
 from memvir.config import Optimizer, Run, Runtime, Training
 from memvir.data import TestImages, TrainImages, epoch_batches
+from memvir.distributed import World
 from memvir.errors import UserError
 from memvir.history import BestModels, History
 from memvir.losses import build_loss
@@ -58,19 +60,27 @@ class Trainer:
         data: training and test images; their tensors come out on `device`.
         device: where everything runs; `meta` runs the same code without numbers.
         weights: the pretrained weight file, or None.
+        world: the processes that share the run, each with a share of every batch.
     """
 
     def __init__(
-        self, run: Run, data: TrainingData, device: torch.device, weights: Path | None, runtime: Runtime
+        self,
+        run: Run,
+        data: TrainingData,
+        device: torch.device,
+        weights: Path | None,
+        runtime: Runtime,
+        world: World = World(),  # noqa: B008  frozen
     ) -> None:
         torch.manual_seed(run.seed)
-        self.run, self.data, self.device = run, data, device
+        self.run, self.data, self.device, self.world = run, data, device, world
         settings = run.training
         in_channels = 1 if run.images.channels == "grey" else 3
         self.embedder: Embedder = build_embedder(run.model, in_channels, weights).to(device)
         if runtime.channels_last and device.type == "cuda":
             self.embedder.to(memory_format=torch.channels_last)
-        self.forward: Callable[[Tensor], Tensor] = torch.compile(self.embedder) if runtime.compile else self.embedder
+        replica = world.replicate(self.embedder, device)
+        self.forward: Callable[[Tensor], Tensor] = torch.compile(replica) if runtime.compile else replica
         self.loss = build_run_loss(run, num_classes=int(data.train_labels.max()) + 1).to(device)
         self.optimizer = build_optimizer(settings.optimizer, self.embedder, self.loss)
         milestones = [epoch - 1 for epoch in settings.lr_decay.epochs]  # the scheduler counts finished epochs
@@ -96,16 +106,17 @@ class Trainer:
         while not self.finished:
             if not self.train_epoch(watch):
                 self._check_finite()
-                checkpoint.save(self.state_dict())
+                self._save(checkpoint)
                 raise Interrupted
             self._finish_epoch()
             watch.epoch_done(self)
+            stop = self.world.any(watch.stop_requested, self.device)
             minutes = (time.monotonic() - last_save) / 60
             due = self.epoch - last_saved_epoch >= watch.runtime.checkpoint_epochs
-            if due or minutes >= watch.runtime.checkpoint_minutes or watch.stop_requested or self.finished:
-                checkpoint.save(self.state_dict())
+            if due or minutes >= watch.runtime.checkpoint_minutes or stop or self.finished:
+                self._save(checkpoint)
                 last_save, last_saved_epoch = time.monotonic(), self.epoch
-            if watch.stop_requested and not self.finished:
+            if stop and not self.finished:
                 raise Interrupted
 
     def train_epoch(self, watch: Watch) -> bool:
@@ -119,22 +130,27 @@ class Trainer:
             self.data.train_labels, settings.batch_size, settings.images_per_class, self.run.seed, self.epoch
         )[self.batch :]
         started, seen = time.monotonic(), 0
-        for images, labels in self.data.train.batches(batches, self.epoch):
-            self.losses[self.batch] = self.train_step(images, labels)
+        shards = [self.world.shard(batch) for batch in batches]
+        for batch, (images, labels) in zip(batches, self.data.train.batches(shards, self.epoch), strict=True):
+            self.losses[self.batch] = self.train_step(images, labels, len(batch))
             self.batch += 1
             self.step += 1
-            seen += len(labels)
+            seen += len(batch)
             self.history.record_growth(self.step, self.loss)
-            if watch.stop_requested and self.batch < self._batches_per_epoch():
-                return False
+            if watch.stop_requested and self.world.size == 1 and self.batch < self._batches_per_epoch():
+                return False  # several processes agree on stopping at the end of an epoch
         self.images_per_second = seen / max(time.monotonic() - started, 1e-9)
         return True
 
-    def train_step(self, images: Tensor, labels: Tensor) -> Tensor:
-        """One optimiser step on a batch, images (B, C, S, S) and labels (B,); its loss, still on the device."""
-        with torch.autocast(self.device.type, self.precision, enabled=self.precision != torch.float32):
-            embeddings = self.forward(images)  # (B, D)
-        loss = self.loss(embeddings.float(), labels)
+    def train_step(self, images: Tensor, labels: Tensor, batch_size: int) -> Tensor:
+        """One optimiser step on a batch, images (B, C, S, S) and labels (B,); its loss, still on the device.
+
+        Of several processes each has a share of the batch, whose size in all is `batch_size`.
+        """
+        with mixed_precision(self.device, self.precision):
+            embeddings = self.forward(images)
+        embeddings, labels = self.world.gather(embeddings.float(), labels, batch_size)  # (B, D), (B,)
+        loss = self.loss(embeddings, labels)
         self.last_batch = embeddings.detach(), labels
         self.optimizer.zero_grad(set_to_none=True)
         self.scaler.scale(loss).backward()
@@ -207,6 +223,10 @@ class Trainer:
 
     # --- state ---
 
+    def _save(self, checkpoint: Checkpoint) -> None:
+        if self.world.is_main:
+            checkpoint.save(self.state_dict())
+
     def state_dict(self) -> dict[str, Any]:
         return {
             "embedder": self.embedder.state_dict(),
@@ -263,13 +283,20 @@ def build_optimizer(settings: Optimizer, embedder: nn.Module, loss: nn.Module) -
             return torch.optim.SGD(groups, lr=settings.lr, weight_decay=decay, momentum=settings.momentum)
 
 
+def mixed_precision(device: torch.device, precision: torch.dtype) -> contextlib.AbstractContextManager:
+    """Autocast to `precision`, or nothing for float32 (and on `meta`, which knows no autocast)."""
+    if precision == torch.float32 or not torch.amp.is_autocast_available(device.type):
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, precision)
+
+
 @torch.inference_mode()
 def embed(embedder: nn.Module, images: TestImages, precision: torch.dtype) -> np.ndarray:
     """(images, D) float32 embeddings, not normalised; the embedder is left in eval mode."""
     embedder.eval()
     parts = []
     for batch in images.batches():
-        with torch.autocast(batch.device.type, precision, enabled=precision != torch.float32):
+        with mixed_precision(batch.device, precision):
             parts.append(embedder(batch).float())
     return torch.cat(parts).cpu().numpy()
 

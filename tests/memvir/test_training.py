@@ -1,0 +1,193 @@
+"""The loop without files: every variant on every kind of device, several processes as one, and golden losses."""
+
+import copy
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from memvir.config import Params, Run, Runtime, load_params, parse_params
+from memvir.data import TestImages
+from memvir.memory import MemVir
+from memvir.training import Trainer, TrainingData
+from tests import tiny
+
+ROOT = Path(__file__).parents[2]
+CPU = torch.device("cpu")
+GOLDEN = [
+    12.010452,
+    7.211251,
+    4.958006,
+    6.443319,
+    7.827163,
+    7.290470,
+    3.401642,
+    7.025240,
+    5.168737,
+    6.671463,
+    5.295722,
+    5.675337,
+    5.138846,
+    5.431641,
+    4.880141,
+]
+
+
+class Noise:
+    """Random training images, a function of the epoch; the interface of TrainImages."""
+
+    def __init__(self, run: Run, labels: np.ndarray, device: torch.device) -> None:
+        self.shape = (1 if run.images.channels == "grey" else 3, run.images.size, run.images.size)
+        self.labels = torch.from_numpy(labels).to(device)
+        self.device = device
+
+    def batches(self, batches, epoch):
+        images = torch.randn(len(self.labels), *self.shape, generator=torch.Generator().manual_seed(epoch))
+        for batch in batches:
+            chosen = torch.from_numpy(batch)
+            yield images[chosen].to(self.device), self.labels[chosen.to(self.device)]
+
+
+class Quiet:
+    runtime = Runtime()
+    stop_requested = False
+
+    def epoch_done(self, trainer):
+        pass
+
+
+def make_trainer(run: Run, classes=6, per_class=8, device=CPU, **options) -> Trainer:
+    labels = np.repeat(np.arange(classes), per_class)
+    pixels = np.random.default_rng(0).integers(0, 256, (12, run.images.size, run.images.size), dtype=np.uint8)
+    test = TestImages(pixels, run.images, device)
+    data = TrainingData(Noise(run, labels, device), labels, test, np.repeat(np.arange(3), 4))
+    return Trainer(run, data, device, None, Quiet.runtime, **options)
+
+
+def tiny_params(**training) -> Params:
+    return parse_params(tiny.params(**training))
+
+
+def test_the_loss_curve_is_the_one_it_always_was():
+    """A merge rule: whoever changes these numbers changes every result. Recorded from this code's first version."""
+    trainer = make_trainer(tiny_params().run("tiny", "memvir_norm_softmax", 1))
+    losses = []
+    for _ in range(3):
+        trainer.train_epoch(Quiet())
+        losses += trainer.losses.tolist()
+        trainer._finish_epoch()
+    assert trainer.loss.num_virtual_classes == 12
+    torch.testing.assert_close(torch.tensor(losses), torch.tensor(GOLDEN), rtol=1e-4, atol=1e-5)
+
+
+def test_a_baseline_and_its_memvir_variant_start_alike_and_differ_once_virtual_classes_are_in_use():
+    params = tiny_params()
+    baseline, memvir = (make_trainer(params.run("tiny", v, 1)) for v in params.variants)
+    for trainer in (baseline, memvir):
+        for _ in range(2):
+            trainer.train_epoch(Quiet())
+            trainer._finish_epoch()
+    first, second = (trainer.history.rows for trainer in (baseline, memvir))
+    assert first[0]["loss"] == second[0]["loss"]  # the warm-up epoch
+    assert first[1]["loss"] < second[1]["loss"]  # more classes to tell apart
+
+
+def paper_runs() -> list[Run]:
+    params = load_params(ROOT / "params.yaml")
+    runs = [params.run(d, v, 1) for d in ("glyphs", "cars196") for v in params.recipes[d].variants]
+    raw = copy.deepcopy(tiny.params())
+    for loss in ("softmax", "cosface", "arcface", "proxy_anchor"):
+        raw["tiny"]["variants"][loss] = {"loss": {"name": loss}}
+        raw["tiny"]["variants"][f"memvir_{loss}"] = {
+            "loss": {"name": loss},
+            "memvir": {"num_steps": 2, "step_gap": 1, "warm_up_epochs": 0},
+        }
+    other = parse_params(raw)
+    return runs + [other.run("tiny", v, 1) for v in other.recipes["tiny"].variants]
+
+
+@pytest.mark.parametrize("run", paper_runs(), ids=lambda run: f"{run.dataset}-{run.variant}")
+def test_a_training_step_of_every_variant_runs_without_numbers(run):
+    """On torch's meta device a hard-coded device or a host synchronisation is an error."""
+    meta = torch.device("meta")
+    run = run.model_copy(update={"model": run.model.model_copy(update={"pretrained": "none"})})
+    trainer = make_trainer(run, classes=98, per_class=2, device=meta)
+    channels = 1 if run.images.channels == "grey" else 3
+    batch, size = run.training.batch_size, run.images.size
+    images = torch.empty(batch, channels, size, size, device=meta)
+    labels = torch.empty(batch, dtype=torch.long, device=meta)
+    trainer.embedder.train()
+    steps = run.memvir.step_gap + 2 if run.memvir and size < 100 else 2
+    for _ in range(steps):
+        loss = trainer.train_step(images, labels, batch)
+    assert loss.shape == () and loss.device == meta
+    if isinstance(trainer.loss, MemVir) and size < 100:
+        assert trainer.loss.num_virtual_classes == 98
+
+
+@pytest.mark.parametrize("variant", ["norm_softmax", "memvir_norm_softmax", "proxy_nca", "memvir_proxy_nca"])
+def test_a_training_step_of_the_papers_variants_runs_on_the_cpu_at_full_size(variant):
+    run = load_params(ROOT / "params.yaml").run("cars196", variant, 1)
+    run = run.model_copy(update={"model": run.model.model_copy(update={"pretrained": "none"})})
+    trainer = make_trainer(run, classes=98, per_class=1)
+    trainer.embedder.train()
+    before = {name: value.clone() for name, value in trainer.embedder.named_parameters()}
+    loss = trainer.train_step(torch.randn(2, 3, 224, 224) * 50, torch.tensor([3, 97]), 2)
+    assert torch.isfinite(loss)
+    changed = [not torch.equal(value, before[name]) for name, value in trainer.embedder.named_parameters()]
+    assert all(changed)
+    assert not any(m.training for m in trainer.embedder.modules() if isinstance(m, torch.nn.BatchNorm2d))
+
+
+def test_optimizers_give_the_proxies_their_own_learning_rate():
+    trainer = make_trainer(tiny_params().run("tiny", "norm_softmax", 1))
+    backbone, proxies = trainer.optimizer.param_groups
+    assert (backbone["lr"], proxies["lr"]) == (0.003, 0.01)
+    assert [p.shape for p in proxies["params"]] == [(6, 8)]
+    assert backbone["weight_decay"] == proxies["weight_decay"] == 0.0001
+
+
+PROCESS = """
+import sys, torch
+from memvir.distributed import join_world
+from tests.memvir.test_training import frozen_run, make_trainer, Quiet
+torch.set_num_threads(1)
+world = join_world()
+trainer = make_trainer(frozen_run(), world=world)
+for _ in range(3):
+    trainer.train_epoch(Quiet())
+    trainer._finish_epoch()
+if world.is_main:
+    torch.save({"losses": [row["loss"] for row in trainer.history.rows], **trainer.embedder.state_dict(),
+                "proxies": trainer.loss.proxies.detach()}, sys.argv[1])
+"""
+
+
+def frozen_run() -> Run:
+    raw = tiny.params()
+    raw["tiny"]["model"]["freeze_batch_norm"] = True
+    raw["tiny"]["training"]["optimizer"] = {"name": "sgd", "lr": 0.05, "lr_proxies": 0.05, "weight_decay": 0.0001}
+    return parse_params(raw).run("tiny", "memvir_norm_softmax", 1)
+
+
+def test_two_processes_train_as_one(tmp_path):
+    """48 images in batches of 10: the last batch holds 8, and batches of 10 make shards of 5."""
+    script = tmp_path / "process.py"
+    script.write_text(PROCESS)
+    results = []
+    for processes in (1, 2):
+        target = tmp_path / f"{processes}.pt"
+        launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+        command = [sys.executable, *(launch if processes > 1 else []), str(script), str(target)]
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+        outcome = subprocess.run(command, env=environment, capture_output=True, text=True)
+        assert outcome.returncode == 0, outcome.stderr
+        results.append(torch.load(target))
+    one, two = results
+    assert one["losses"][2] != one["losses"][0]
+    for name in one:
+        torch.testing.assert_close(two[name], one[name], rtol=1e-4, atol=1e-5)
