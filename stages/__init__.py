@@ -34,7 +34,8 @@ def stage(main: Callable[..., None]) -> Callable[[], None]:
         for name in list(inspect.signature(main).parameters)[1:]:
             parser.add_argument(f"--{name}", **OPTIONS[name])
         arguments = vars(parser.parse_args())
-        logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+        logging.basicConfig(format="%(message)s", stream=sys.stderr)
+        logging.getLogger("memvir").setLevel(logging.INFO)
         try:
             main(load_params(), **arguments)
         except (UserError, OSError) as error:
