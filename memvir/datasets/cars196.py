@@ -100,25 +100,30 @@ def prepare(data: Cars196Data, source: Path, download: Path, images: Path, index
     log.info("cars196: preparing %s (%s)", path, found["source"])
     if not path.exists():
         raise UserError(f"{path}: was there when it was found ({found['source']}), now it is not; run download again")
-    plan = verify(path, data, classes)
     with open_archive(path) as archive:
-        arrange(archive, plan, images, index)
+        arrange(archive, plan_of(archive, data, classes), images, index)
 
 
-def verify(path: Path, data: Cars196Data, classes: Sequence[ImageClass]) -> Plan:
-    """Whether an archive or folder holds the images of `classes`, and where each belongs.
+def verify(path: Path, data: Cars196Data, classes: Sequence[ImageClass]) -> None:
+    """Raise UserError if an archive or folder does not hold the images of `classes`, saying why."""
+    with open_archive(path) as archive:
+        plan_of(archive, data, classes)
+
+
+def plan_of(archive: Archive, data: Cars196Data, classes: Sequence[ImageClass]) -> Plan:
+    """Where each image of the archive belongs, whichever of the accepted forms it has.
 
     Raises UserError naming what is missing, extra, or of the wrong checksum.
     """
-    with open_archive(path) as archive:
-        if _has_class_folders(archive, classes):
-            return by_class(classes, archive)
-        if data.md5 and not path.is_dir() and (found := file_hash(path)) != data.md5:
-            raise UserError(f"{path}: its md5 is {found}, expected {data.md5}")
-        plan = by_number(classes, archive)
-        if path.is_dir() and data.md5 == OFFICIAL_MD5:
-            _spot_check(path, plan)
-        return plan
+    path = archive.path
+    if _has_class_folders(archive, classes):
+        return by_class(classes, archive)
+    if data.md5 and not path.is_dir() and (found := file_hash(path)) != data.md5:
+        raise UserError(f"{path}: its md5 is {found}, expected {data.md5}")
+    plan = by_number(classes, archive)
+    if path.is_dir() and data.md5 == OFFICIAL_MD5:
+        _spot_check(path, plan)
+    return plan
 
 
 def by_class(classes: Sequence[ImageClass], archive: Archive) -> Plan:

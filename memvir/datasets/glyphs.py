@@ -55,6 +55,7 @@ TYPEFACES = (
 def download(data: GlyphsData, source: Path, target: Path) -> None:
     """Render the archive and its annotation into `target`."""
     characters = read_characters(source / ANNOTATION)
+    _check_coverage(characters, source / ANNOTATION)
     count = data.images_per_class
     rendered = (
         image for class_id, character in enumerate(characters, 1) for image in render(character, class_id, data)
@@ -120,19 +121,30 @@ def render(character: str, class_id: int, data: GlyphsData) -> Iterator[np.ndarr
         yield _distort(drawings[number % len(drawings)], data.size, stream)
 
 
-def _typefaces(side: int) -> list[ImageFont.FreeTypeFont]:
-    """The typefaces at a size whose capitals take 0.6 of the side."""
+def _check_coverage(characters: list[str], path: Path) -> None:
+    from matplotlib.ft2font import FT2Font
+
+    for name in TYPEFACES:
+        charmap = FT2Font(str(_typeface_folder() / name)).get_charmap()
+        for character in characters:
+            if ord(character) not in charmap:
+                raise UserError(
+                    f"{path}: {class_name(character)} is not in {name}; choose a character of all typefaces"
+                )
+
+
+def _typeface_folder() -> Path:
     import matplotlib  # late: only rendering needs it
 
-    folder = Path(matplotlib.get_data_path()) / "fonts" / "ttf"
+    return Path(matplotlib.get_data_path()) / "fonts" / "ttf"
+
+
+def _typefaces(side: int) -> list[ImageFont.FreeTypeFont]:
+    """The typefaces at a size whose capitals take 0.6 of the side."""
+    folder = _typeface_folder()
     if side not in _CACHE:
-        try:
-            _CACHE[side] = [
-                ImageFont.truetype(folder / name, round(0.82 * side), layout_engine=ImageFont.Layout.BASIC)
-                for name in TYPEFACES
-            ]
-        except OSError as error:
-            raise UserError(f"{folder}: a typeface that Matplotlib ships cannot be read: {error}") from None
+        fonts = (folder / name for name in TYPEFACES)
+        _CACHE[side] = [ImageFont.truetype(f, round(0.82 * side), layout_engine=ImageFont.Layout.BASIC) for f in fonts]
     return _CACHE[side]
 
 
