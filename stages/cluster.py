@@ -17,7 +17,6 @@ from pathlib import Path
 
 import ray
 from filelock import FileLock
-from ray.util.queue import Queue
 
 TOKEN = Path("scratch") / "sweep-token"  # a node that can read this sweep's token works in the folder itself
 
@@ -54,6 +53,21 @@ class Workspace:
         return copy
 
 
+@ray.remote(num_cpus=0)
+class Lines:
+    """The lines that runs print, on their way to the display. (A task that waits for ray's Queue lends its core away.)"""
+
+    def __init__(self) -> None:
+        self.lines: list[tuple[str, str]] = []
+
+    def put(self, run: str, line: str) -> None:
+        self.lines.append((run, line))
+
+    def take(self) -> list[tuple[str, str]]:
+        taken, self.lines = self.lines, []
+        return taken
+
+
 @ray.remote(max_retries=3, retry_exceptions=False)
 def run_stage(
     stage: str,
@@ -62,7 +76,7 @@ def run_stage(
     outs: list[str],
     workspace: Workspace,
     inputs: bytes | None,
-    lines: Queue,
+    lines: ray.actor.ActorHandle,
     *before: Outcome,
 ) -> Outcome:
     """Run a stage's command; report its progress lines. A task whose node dies is run again by Ray elsewhere."""
@@ -88,7 +102,7 @@ def run_stage(
     try:
         for line in process.stderr:
             last.append(line.strip())
-            lines.put((run, line.strip()))
+            lines.put.remote(run, line.strip())
         code = process.wait()
     except KeyboardInterrupt:  # ray.cancel
         process.send_signal(signal.SIGTERM)  # the run saves a checkpoint

@@ -18,6 +18,7 @@ import time
 import uuid
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from memvir.config import Params, load_params
 from memvir.errors import UserError
@@ -59,7 +60,6 @@ def run_all(planned: Sequence[Job], params: Params, jobs: int | None, address: s
     """Run the jobs with Ray and commit what succeeds; a failure is named at once and the rest goes on."""
     try:
         import ray
-        from ray.util.queue import Queue
     except ImportError:
         raise UserError("a sweep needs Ray: pip install -r requirements-cluster.txt") from None
     from stages import cluster
@@ -70,7 +70,7 @@ def run_all(planned: Sequence[Job], params: Params, jobs: int | None, address: s
     workspace = cluster.Workspace(Path.cwd(), uuid.uuid4().hex)
     write_text(workspace.root / cluster.TOKEN, workspace.token)
     inputs = ray.put(cluster.pack(workspace.root, shipped(planned)) if address else None)
-    lines = Queue(actor_options={"num_cpus": 0})
+    lines = cluster.Lines.remote()  # type: ignore[attr-defined]
     tasks: dict[str, ray.ObjectRef] = {}
     for job in planned:
         stage = job.stage
@@ -119,7 +119,7 @@ def run_all(planned: Sequence[Job], params: Params, jobs: int | None, address: s
     return min(failures, 1)
 
 
-def finished(tasks: dict, display: "Display", lines: object) -> Iterator:
+def finished(tasks: dict, display: "Display", lines: Any) -> Iterator:
     """The outcomes of the tasks as they end, showing the lines that the runs print meanwhile."""
     import ray
 
@@ -128,7 +128,7 @@ def finished(tasks: dict, display: "Display", lines: object) -> Iterator:
     waiting = {task: name for name, task in tasks.items()}
     while waiting:
         ready, _ = ray.wait(list(waiting), timeout=0.5)
-        for run, line in lines.get_nowait_batch(lines.qsize()):  # type: ignore[attr-defined]
+        for run, line in ray.get(lines.take.remote()):
             display.line(run, line)
         for task in ready:
             name = waiting.pop(task)
