@@ -52,7 +52,7 @@ class Checkpoint:
             lock.release()
 
     def save(self, state: dict[str, Any]) -> None:
-        """Write `state`, keeping the checkpoint before it. Raises UserError naming path and space if there is no room."""
+        """Write `state`, keeping the checkpoint before it. Raises UserError naming path and space on a full disk."""
         buffer = io.BytesIO()
         torch.save({"fingerprint": self.fingerprint, "state": state}, buffer)
         content = buffer.getbuffer()
@@ -62,8 +62,8 @@ class Checkpoint:
                 file.write(content)
         except OSError as error:
             raise UserError(
-                f"{self.path}: {error.strerror}; a checkpoint needs {len(content) / 1e6:.1f} MB: free some space and run "
-                "the same command again, it continues from the checkpoint before"
+                f"{self.path}: {error.strerror}; a checkpoint needs {len(content) / 1e6:.1f} MB: free some space and "
+                "run the same command again, it continues from the checkpoint before"
             ) from None
 
     def load(self) -> dict[str, Any] | None:

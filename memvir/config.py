@@ -32,7 +32,7 @@ class Section(BaseModel):
     model_config = ConfigDict(frozen=True, strict=True, extra="forbid", allow_inf_nan=False)
 
 
-# --- where images come from ------------------------------------------------------------------------------------------
+# --- where images come from ---
 
 
 class GlyphsData(Section):
@@ -70,7 +70,7 @@ class FolderData(Section):
 Data = Annotated[GlyphsData | Cars196Data | FolderData, Field(discriminator="source")]
 
 
-# --- how an image becomes a network input -------------------------------------------------------------------------------
+# --- how an image becomes a network input ---
 
 
 class Affine(Section):
@@ -143,7 +143,7 @@ class Images(Section):
         return self
 
 
-# --- model, training, evaluation ------------------------------------------------------------------------------------------
+# --- model, training, evaluation ---
 
 
 class Weights(Section):
@@ -211,7 +211,7 @@ class Training(Section):
     batch_size: Count
     """B; the last batch of an epoch is smaller, nothing is dropped."""
     images_per_class: Annotated[int, Field(ge=1, le=4096)] = 1
-    """1: plain shuffling. More: class-balanced batches with so many images of each class (the original's n_instance)."""
+    """1: plain shuffling. More: class-balanced batches with so many of each class (the original's n_instance)."""
     optimizer: Optimizer
     lr_decay: LrDecay
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
@@ -244,7 +244,7 @@ class Evaluation(Section):
         return value
 
 
-# --- variants ---------------------------------------------------------------------------------------------------------------
+# --- variants ---
 
 
 class Loss(Section):

@@ -124,27 +124,37 @@ class CroppedImages(Dataset):
     """Random resized crops; an item is addressed by (epoch, image), so that workers hold no state."""
 
     def __init__(self, images: Images, labels: np.ndarray, settings: ImageSettings, seed: int) -> None:
-        from torchvision.transforms import v2  # late: a second that the resident path need not pay
-
-        crop = settings.train
-        assert isinstance(crop, RandomResizedCrop)
-        self.transform = v2.Compose(
-            [
-                v2.RandomResizedCrop(settings.size, scale=crop.scale, ratio=crop.ratio, antialias=True),
-                v2.RandomHorizontalFlip(crop.flip),
-            ]
-        )
+        assert isinstance(settings.train, RandomResizedCrop)
         self.images, self.labels, self.seed = images, labels, seed
+        self.size, self.crop = settings.size, settings.train
 
     def __getitem__(self, item: tuple[int, int]) -> tuple[Tensor, int]:
         epoch, index = item
-        pixels = np.array(self.images[index])  # (H, W[, 3]); a copy, as a memory map is read-only
-        image = torch.from_numpy(pixels).reshape(*pixels.shape[:2], -1).permute(2, 0, 1)
-        state = torch.get_rng_state()
-        torch.default_generator.manual_seed(int(random_stream(self.seed, epoch, AUGMENTATION, index).integers(2**63)))
-        image = self.transform(image)
-        torch.set_rng_state(state)
-        return image, int(self.labels[index])
+        stream = random_stream(self.seed, epoch, AUGMENTATION, index)
+        pixels = self.images[index]  # (H, W[, 3]) uint8
+        top, left, height, width = random_box(self.crop, stream, *pixels.shape[:2])
+        box = torch.from_numpy(pixels[top : top + height, left : left + width])
+        box = box.reshape(1, height, width, -1).permute(0, 3, 1, 2)
+        # on uint8 straight from the stored pixels: a third of the time of torchvision's transforms, the same pixels
+        image = functional.interpolate(box, (self.size, self.size), mode="bilinear", antialias=True)[0]
+        return (image.flip(-1) if stream.random() < self.crop.flip else image), int(self.labels[index])
+
+
+def random_box(crop: RandomResizedCrop, stream: np.random.Generator, height: int, width: int) -> tuple[int, ...]:
+    """Top, left, height and width of a random crop of the given ranges of area and aspect ratio.
+
+    The distribution is that of torchvision's RandomResizedCrop: ten tries, then the largest central crop of an
+    allowed aspect ratio.
+    """
+    for _ in range(10):
+        area = stream.uniform(*crop.scale) * height * width
+        ratio = math.exp(stream.uniform(math.log(crop.ratio[0]), math.log(crop.ratio[1])))
+        h, w = round(math.sqrt(area / ratio)), round(math.sqrt(area * ratio))
+        if 0 < h <= height and 0 < w <= width:
+            return int(stream.integers(height - h + 1)), int(stream.integers(width - w + 1)), h, w
+    ratio = min(max(width / height, crop.ratio[0]), crop.ratio[1])
+    h, w = min(height, round(width / ratio)), min(width, round(height * ratio))
+    return (height - h) // 2, (width - w) // 2, max(h, 1), max(w, 1)
 
 
 class LoadedImages:
@@ -185,7 +195,8 @@ class LoadedImages:
 class _Batches:
     """A batch sampler whose content the next epoch replaces while the workers live on."""
 
-    batches: list[list[tuple[int, int]]] = []
+    def __init__(self) -> None:
+        self.batches: list[list[tuple[int, int]]] = []
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         return iter(self.batches)

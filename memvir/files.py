@@ -39,7 +39,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write `content` with sorted layout kept as given, two-space indent and a final newline: same content, same bytes."""
+    """Write `content` in its own order with an indent of two: same content, same bytes."""
     write_text(path, json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 

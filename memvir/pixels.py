@@ -63,7 +63,8 @@ class PixelStore:
     def __init__(self, folder: Path) -> None:
         self.shapes = np.load(folder / "shapes.npy")  # (images, 2) or (images, 3)
         self.offsets = _offsets(self.shapes)
-        self.pixels = np.memmap(folder / "pixels.bin", dtype=np.uint8, mode="r")
+        # copy-on-write, so that torch takes views of it without a copy; nothing writes
+        self.pixels = np.memmap(folder / "pixels.bin", dtype=np.uint8, mode="c")
         if len(self.pixels) != self.offsets[-1]:
             raise ValueError("pixels.bin has the wrong length")
 

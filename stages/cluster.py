@@ -55,7 +55,7 @@ class Workspace:
 
 @ray.remote(num_cpus=0)
 class Lines:
-    """The lines that runs print, on their way to the display. (A task that waits for ray's Queue lends its core away.)"""
+    """The lines that runs print, on their way to the display. (A task that waits on Ray's own Queue lends its core.)"""
 
     def __init__(self) -> None:
         self.lines: list[tuple[str, str]] = []

@@ -6,8 +6,17 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from memvir.config import Affine, Images
-from memvir.data import LoadedImages, ResidentImages, affine_maps, epoch_batches, random_stream
+from memvir.config import Affine, Images, RandomResizedCrop
+from memvir.data import (
+    AUGMENTATION,
+    CroppedImages,
+    LoadedImages,
+    ResidentImages,
+    affine_maps,
+    epoch_batches,
+    random_box,
+    random_stream,
+)
 from memvir.datasets.images import decode
 from memvir.pixels import Crop, DecodedImages, PixelStore, open_images, resize_and_crop
 from tests import tiny
@@ -27,8 +36,8 @@ def cropping(size=8):
 @pytest.fixture
 def indexed(tmp_path):
     """A folder of images and the index of its training half."""
-    from memvir.datasets import SOURCES, read_index
     from memvir.config import FolderData
+    from memvir.datasets import SOURCES, read_index
 
     tiny.write_images(tmp_path / "source", classes=3, per_class=5)
     folder, index = tmp_path / "images", tmp_path / "index.csv"
@@ -168,6 +177,56 @@ def test_an_epoch_continued_in_the_middle_has_the_same_batches(indexed, kind):
         assert torch.equal(a, b)
     other = next(iter(source.batches(batches, 6)))[0]
     assert not torch.equal(whole[0][0], other)
+
+
+@settings(max_examples=200, derandomize=True, deadline=None)
+@given(
+    height=st.integers(1, 40),
+    width=st.integers(1, 40),
+    scale=st.tuples(st.floats(0.05, 1), st.floats(0.05, 1)).map(sorted).map(tuple),
+    ratio=st.tuples(st.floats(0.3, 3), st.floats(0.3, 3)).map(sorted).map(tuple),
+    seed=st.integers(0, 1000),
+)
+def test_a_random_box_lies_within_the_image(height, width, scale, ratio, seed):
+    crop = RandomResizedCrop(kind="random_resized_crop", scale=scale, ratio=ratio, flip=0.5)
+    top, left, h, w = random_box(crop, random_stream(seed), height, width)
+    assert 0 <= top <= top + h <= height and 0 <= left <= left + w <= width and h > 0 and w > 0
+
+
+def test_random_boxes_have_torchvisions_distribution():
+    from scipy.stats import ks_2samp
+    from torchvision.transforms import v2
+
+    crop = RandomResizedCrop(kind="random_resized_crop", scale=(0.08, 1.0), ratio=(3 / 4, 4 / 3), flip=0.5)
+    stream = random_stream(5)
+    ours = np.array([random_box(crop, stream, 480, 700) for _ in range(3000)])
+    reference = v2.RandomResizedCrop(224)
+    torch.manual_seed(0)
+    image = torch.empty(3, 480, 700)
+    theirs = [reference.make_params([image]) for _ in range(3000)]
+    theirs = np.array([[p["top"], p["left"], p["height"], p["width"]] for p in theirs])
+    for column in range(4):
+        assert ks_2samp(ours[:, column], theirs[:, column]).pvalue > 0.01
+
+
+def test_a_crop_is_torchvisions_on_the_same_box_to_within_rounding(indexed):
+    from PIL import Image
+    from torchvision.transforms import v2
+
+    rows, folder = indexed
+    images = open_images(rows, folder, "rgb", None, "tiny", None)
+    settings = cropping(size=8)
+    cropped = CroppedImages(images, np.arange(len(rows)), settings, 7)
+    for index in range(len(rows)):
+        image, _ = cropped[3, index]
+        stream = random_stream(7, 3, AUGMENTATION, index)
+        box = random_box(settings.train, stream, *images[index].shape[:2])
+        pixels = Image.open(folder / rows["file"].iloc[index]).convert("RGB")
+        reference = v2.functional.resized_crop(pixels, *box, [8, 8])
+        if stream.random() < 0.5:
+            reference = v2.functional.horizontal_flip(reference)
+        difference = image.permute(1, 2, 0).numpy().astype(int) - np.asarray(reference).astype(int)
+        assert np.abs(difference).max() <= 1
 
 
 def test_loading_leaves_the_global_random_state_alone(indexed):
