@@ -28,6 +28,12 @@ def archive(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return stand_in.write_tar(tmp_path_factory.mktemp("archive") / "car_ims.tgz", stand_in.numbered(), "w:gz")
 
 
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The archive, unpacked."""
+    return stand_in.write_folder(tmp_path_factory.mktemp("folder"), stand_in.numbered())
+
+
 @pytest.fixture
 def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[MisbehavingServer]:
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
@@ -116,21 +122,7 @@ def test_a_tar_of_class_folders_is_accepted_whatever_the_md5_of_the_original(tmp
     assert note == {"source": "archive of params.yaml", "path": str(path)}
 
 
-def test_a_zip_of_class_folders_is_pooled_and_split_by_class(tmp_path: Path, source: Path) -> None:
-    path = stand_in.write_zip(tmp_path / "cars196.zip", stand_in.by_class())
-    place = tmp_path / "place"
-    cars196.download(settings(archive=str(path)), source, place / "download")
-    cars196.prepare(settings(), source, place / "download", place / "images", place / "index.csv")
-    index = read_index(place / "index.csv")
-    assert Counter(index["split"]) == {"train": 8054, "test": 8131}
-    sizes = index.groupby("class_id").size()
-    assert [sizes[cls.class_id] for cls in stand_in.classes()] == [len(cls.images) for cls in stand_in.classes()]
-    names = set(index[index["class_id"] == 174]["file"].str.rpartition("/")[0])
-    assert names == {"test/174_Ram_C-V_Cargo_Van_Minivan_2012"}
-
-
-def test_an_unpacked_folder_is_linked_not_copied(tmp_path: Path, source: Path) -> None:
-    folder = stand_in.write_folder(tmp_path / "elsewhere", stand_in.numbered())
+def test_an_unpacked_folder_is_linked_not_copied(tmp_path: Path, source: Path, folder: Path) -> None:
     place = tmp_path / "place"
     cars196.download(settings(folder=str(folder)), source, place / "download")
     cars196.prepare(settings(), source, place / "download", place / "images", place / "index.csv")
@@ -141,11 +133,16 @@ def test_an_unpacked_folder_is_linked_not_copied(tmp_path: Path, source: Path) -
 
 
 def test_a_folder_that_is_not_the_original_is_noticed_where_the_md5_is_the_official_one(
-    tmp_path: Path, source: Path, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, source: Path, folder: Path
 ) -> None:
-    folder = stand_in.write_folder(source / "car_ims", ((Path(n).name, c) for n, c in stand_in.numbered()))
     with pytest.raises(ValueError, match=r"000001\.jpg: its md5 is .*not the original images"):
         cars196.download(settings(folder=str(folder), md5=cars196.OFFICIAL_MD5), source, tmp_path / "download")
+
+
+def test_a_folder_put_into_source_is_found(
+    tmp_path: Path, source: Path, folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (source / "car_ims").symlink_to(folder / "car_ims")
     with caplog.at_level(logging.INFO, logger="memvir"):
         cars196.download(settings(), source, tmp_path / "download")  # no md5: the counts decide
-    assert f"using {folder} (found in {source.as_posix()})" in caplog.text
+    assert f"using {source / 'car_ims'} (found in {source.as_posix()})" in caplog.text

@@ -2,6 +2,7 @@
 
 import json
 import socket
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from scipy.io import savemat
 from memvir import download
 from memvir.config import Cars196Data
 from memvir.datasets import cars196
+from memvir.datasets.archives import File
 from memvir.errors import UserError
 from memvir.files import file_hash
 from tests import cars196_stand_in as stand_in
@@ -57,14 +59,23 @@ def used(target: Path) -> dict[str, str]:
     return json.loads((target / "source.json").read_text())
 
 
-def with_changes(path: Path, remove: str = "", add: str = "") -> Path:
-    """The by-class tar without the first member that holds `remove`, and with the member `add`."""
-    members = list(stand_in.by_class())
-    if remove:
-        members.remove(next(member for member in members if remove in member[0]))
-    if add:
-        members.append((add, stand_in.picture(0)))
-    return stand_in.write_tar(path, iter(members))
+class Listing:
+    """An archive of class folders as far as its names go."""
+
+    path = Path("cars.zip")
+
+    def __init__(self, remove: str = "", add: str = "") -> None:
+        self.names = [name for name, _ in stand_in.by_class()]
+        if remove:
+            self.names.remove(next(name for name in self.names if remove in name))
+        if add:
+            self.names.append(add)
+
+    def files(self) -> list[File]:
+        return [File(name, 1) for name in self.names]
+
+    def contents(self) -> Iterator[tuple[str, bytes]]:
+        raise AssertionError("names are enough")
 
 
 def test_an_archive_put_into_source_is_used_before_any_address(
@@ -159,22 +170,33 @@ def test_a_numbered_archive_with_another_md5_is_refused(source: Path, target: Pa
         cars196.download(settings(archive=str(numbered)), source, target)
 
 
-def test_a_class_with_an_image_less_is_named(tmp_path: Path, source: Path, target: Path) -> None:
-    path = with_changes(tmp_path / "a.tar", remove="Acura RL Sedan 2012")
+def test_class_folders_are_pooled_and_split_by_class() -> None:
+    plan = cars196.by_class(stand_in.classes(), Listing())
+    assert Counter(row.split for row in plan.values()) == {"train": 8054, "test": 8131}
+    sizes = Counter(row.class_id for row in plan.values())
+    assert all(sizes[cls.class_id] == len(cls.images) for cls in stand_in.classes())
+    assert len({row.file for row in plan.values()}) == 16185
+    assert {row.file.rpartition("/")[0] for row in plan.values() if row.class_id == 174} == {
+        "test/174_Ram_C-V_Cargo_Van_Minivan_2012"
+    }
+    first = plan["car_data/car_data/train/AM General Hummer SUV 2000/00001.jpg"]
+    assert first.file == "train/001_AM_General_Hummer_SUV_2000/train_00001.jpg"
+
+
+def test_a_class_with_an_image_less_is_named() -> None:
     with pytest.raises(UserError, match=r"1 classes with another number.*: Acura RL Sedan 2012 \(63 instead of 64\)"):
-        cars196.download(settings(archive=str(path)), source, target)
+        cars196.by_class(stand_in.classes(), Listing(remove="Acura RL Sedan 2012"))
 
 
-def test_an_image_of_an_unknown_class_is_named(tmp_path: Path, source: Path, target: Path) -> None:
-    path = with_changes(tmp_path / "a.tar", add="car_data/train/Batmobile 1966/1.jpg")
+def test_an_image_of_an_unknown_class_is_named() -> None:
     with pytest.raises(UserError, match=r"1 images of no known class: car_data/train/Batmobile 1966/1\.jpg"):
-        cars196.download(settings(archive=str(path)), source, target)
+        cars196.by_class(stand_in.classes(), Listing(add="car_data/train/Batmobile 1966/1.jpg"))
 
 
-def test_two_images_for_one_place_are_refused(tmp_path: Path, source: Path, target: Path) -> None:
-    path = with_changes(tmp_path / "a.tar", add="again/train/AM General Hummer SUV 2000/00001.jpg")
+def test_two_images_for_one_place_are_refused() -> None:
+    twice = Listing(add="again/train/AM General Hummer SUV 2000/00001.jpg")
     with pytest.raises(UserError, match=r"cannot both be train/001_AM_General_Hummer_SUV_2000/train_00001\.jpg"):
-        cars196.download(settings(archive=str(path)), source, target)
+        cars196.by_class(stand_in.classes(), twice)
 
 
 @pytest.mark.parametrize(
@@ -195,31 +217,34 @@ def test_an_annotation_that_is_not_the_protocol_s_is_refused(source: Path, targe
         cars196.download(settings(), source, target)
 
 
+FEW = stand_in.classes()[:8]
+
+
 def official(path: Path, moved: int | None = None, renamed: int | None = None) -> None:
     """cars_annos.mat as the data set's authors publish it, with one image or class name changed."""
     fields = [("relative_im_path", object), ("class", object), ("test", object)]
-    class_of = {number: cls.class_id for cls in stand_in.classes() for number in cls.images}
+    class_of = {number: cls.class_id for cls in FEW for number in cls.images}
     rows = np.zeros((1, len(class_of)), dtype=fields)
     for number, class_id in class_of.items():
         rows[0, number - 1] = (f"car_ims/{number:06}.jpg", class_id + (number == moved), number % 2)
-    names = np.zeros((1, 196), dtype=object)
-    names[0] = [cls.name + (" II" if cls.class_id == renamed else "") for cls in stand_in.classes()]
+    names = np.zeros((1, len(FEW)), dtype=object)
+    names[0] = [cls.name + (" II" if cls.class_id == renamed else "") for cls in FEW]
     savemat(path, {"annotations": rows, "class_names": names})
 
 
 def test_the_official_annotation_is_compared_where_it_is_there(tmp_path: Path) -> None:
     path, ours = tmp_path / "cars_annos.mat", Path("annotation.csv")
     official(path)
-    cars196.compare_with_official(path, stand_in.classes(), ours)
+    cars196.compare_with_official(path, FEW, ours)
     official(path, moved=90)
     with pytest.raises(UserError, match=r"image 000090 is class 3 there and class 2 in annotation\.csv"):
-        cars196.compare_with_official(path, stand_in.classes(), ours)
+        cars196.compare_with_official(path, FEW, ours)
     official(path, renamed=7)
     with pytest.raises(UserError, match=r"class 7 is .* II there and"):
-        cars196.compare_with_official(path, stand_in.classes(), ours)
+        cars196.compare_with_official(path, FEW, ours)
     path.write_bytes(b"not a MATLAB file" * 20)
     with pytest.raises(UserError, match="not CARS196's annotation file"):
-        cars196.compare_with_official(path, stand_in.classes(), ours)
+        cars196.compare_with_official(path, FEW, ours)
 
 
 def test_prepare_says_what_to_do_when_the_source_has_gone(source: Path, target: Path, tmp_path: Path) -> None:

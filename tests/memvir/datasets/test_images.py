@@ -14,6 +14,8 @@ from PIL import Image
 from memvir.datasets.images import MAX_PIXELS, decode, load
 from memvir.errors import UserError
 
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:PIL", "ignore::RuntimeWarning:PIL")
+
 RGB = np.random.default_rng(0).integers(0, 256, (6, 9, 3), dtype=np.uint8)
 GREY = RGB[..., 0]
 
