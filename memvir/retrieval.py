@@ -26,6 +26,7 @@ logger = logging.getLogger("memvir")
 
 CHUNK_QUERIES = 4096  # as many as faiss multiplies at a time: more gain nothing, fewer read the gallery more often
 CHUNK_NEIGHBOURS = 1 << 22  # queries x neighbours held at once; with faiss's own buffers about 80 bytes each
+DEEP_SHARE = 16  # beyond this part of the gallery, sorting all of it beat faiss, 3,000 to 60,000 images alike
 GPU_MOST_NEIGHBOURS = 2048  # faiss's limit on a GPU
 GPU_TEMPORARY_BYTES = 128 << 20  # faiss reserves 1.5 GB unless told, beside a training process (faiss issue 2155)
 GPU_SPARE_BYTES = 1 << 30  # cuBLAS, the context and faiss's tiles; faiss aborts the process where cuBLAS finds no room
@@ -239,7 +240,7 @@ class _Neighbours:
                 f"query embeddings have {queries.shape[1]} dimensions, those of the gallery {gallery.shape[1]}; "
                 "both must come from one model"
             )
-        return cls(gallery, queries, query is None, gpu, _search_on(gallery, gpu))
+        return cls(gallery, queries, query is None, *_search_on(gallery, gpu))
 
     @property
     def available(self) -> int:
@@ -248,69 +249,84 @@ class _Neighbours:
 
     def nearest(self, rows: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
         """Similarities and indices, (rows, k) each, of the queries numbered `rows`, nearest first."""
-        # One more than asked for, to see whether the last place is tied, and one for the query itself.
-        fetched = min(k + 1 + self.is_gallery, len(self.gallery))
-        similarities, indices = self.search(self.query[rows], fetched)  # (rows, fetched)
-        if self.is_gallery:
-            is_self = indices == rows[:, None]
-            # Where so many duplicates tie with the query that it is not among them, the last is one too many.
-            own_place = np.where(is_self.any(axis=1), is_self.argmax(axis=1), fetched - 1)
-            kept = np.arange(fetched - 1)
-            kept = kept + (kept >= own_place[:, None])  # (rows, fetched - 1)
-            similarities = np.take_along_axis(similarities, kept, axis=1)
-            indices = np.take_along_axis(indices, kept, axis=1)
-        self._break_ties(rows, similarities, indices, k)
-        return similarities[:, :k], indices[:, :k]
+        if not self.is_gallery:
+            return self._rank(rows, k)
+        similarities, indices = self._rank(rows, k + 1)
+        is_self = indices == rows[:, None]
+        # Where so many duplicates tie with the query that it is not among them, the last is one too many.
+        own_place = np.where(is_self.any(axis=1), is_self.argmax(axis=1), k)
+        others = np.arange(k)
+        others = others + (others >= own_place[:, None])  # (rows, k)
+        return np.take_along_axis(similarities, others, axis=1), np.take_along_axis(indices, others, axis=1)
 
-    def _break_ties(self, rows: np.ndarray, similarities: np.ndarray, indices: np.ndarray, k: int) -> None:
-        """Order equally similar images by index, in place, in the first k columns.
+    def _rank(self, rows: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+        """As `nearest`, the queries not left out; equally similar images by index.
 
-        faiss's own choice depends on k and on the device; which images it keeps when the last place is tied, too.
+        Which of them faiss keeps, and in what order, depends on k and on the device, so rows with ties are gone over.
         """
+        if self._is_deep(k):
+            return self._rank_all(rows, k)
+        fetched = min(k + 1, len(self.gallery))  # one more, to see whether the last place is tied
+        similarities, indices = self.search(self.query[rows], fetched)
         tied = similarities[:, 1:] == similarities[:, :-1]
-        in_row = tied.any(axis=1)
-        if not in_row.any():
-            return
-        at_border = tied[:, k - 1] if tied.shape[1] >= k else np.zeros(len(rows), bool)
-        inside = np.flatnonzero(in_row & ~at_border)
-        order = np.lexsort((indices[inside], -similarities[inside]))
-        similarities[inside] = np.take_along_axis(similarities[inside], order, axis=1)
-        indices[inside] = np.take_along_axis(indices[inside], order, axis=1)
-        border = np.flatnonzero(at_border)
+        with_ties = np.flatnonzero(tied.any(axis=1))
+        if len(with_ties):
+            similarities[with_ties], indices[with_ties] = _unpack(
+                np.sort(_packed(similarities[with_ties], indices[with_ties]), axis=1)
+            )
+        similarities, indices = similarities[:, :k], indices[:, :k]
+        if fetched > k:
+            undecided = np.flatnonzero(tied[:, k - 1])
+            if len(undecided):
+                similarities[undecided], indices[undecided] = self._rank_all(rows[undecided], k)
+        return similarities, indices
+
+    def _is_deep(self, k: int) -> bool:
+        """Whether so much of the gallery is asked for that sorting all of it is faster than faiss's heaps."""
+        return k > len(self.gallery) // DEEP_SHARE and (self.gpu is None or k + 1 > GPU_MOST_NEIGHBOURS)
+
+    def _rank_all(self, rows: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+        """As `_rank`, from the similarities to the whole gallery."""
+        packed = np.empty((len(rows), k), np.int64)
         size = max(1, CHUNK_NEIGHBOURS // len(self.gallery))
-        for start in range(0, len(border), size):
-            some = border[start : start + size]
-            similarities[some, :k], indices[some, :k] = self._nearest_by_whole_rows(rows[some], k)
-
-    def _nearest_by_whole_rows(self, rows: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-        """As `nearest`, from all similarities to all gallery images."""
-        similarities = self.query[rows] @ self.gallery.T  # (rows, D) @ (D, G) -> (rows, G)
-        if self.is_gallery:
-            similarities[np.arange(len(rows)), rows] = -np.inf
-        last = -np.partition(-similarities, k - 1, axis=1)[:, k - 1, None]  # the similarity in place k
-        above = similarities > last
-        tied = similarities == last
-        chosen = above | (tied & (np.cumsum(tied, axis=1) <= k - above.sum(axis=1, keepdims=True)))
-        indices = np.nonzero(chosen)[1].reshape(len(rows), k)  # ascending in every row
-        similarities = np.take_along_axis(similarities, indices, axis=1)
-        order = np.argsort(-similarities, axis=1, kind="stable")
-        return np.take_along_axis(similarities, order, axis=1), np.take_along_axis(indices, order, axis=1)
+        for start in range(0, len(rows), size):
+            queries = self.query[rows[start : start + size]]
+            everything = _packed(queries @ self.gallery.T, np.arange(len(self.gallery)))  # (size, G)
+            packed[start : start + size] = np.partition(everything, k - 1, axis=1)[:, :k]
+        packed.sort(axis=1)
+        return _unpack(packed)
 
 
-def _search_on(gallery: np.ndarray, gpu: int | None) -> "Search":
-    """A function of queries (Q, D) and k: similarities and indices (Q, k), by faiss."""
+def _packed(similarities: np.ndarray, indices: np.ndarray) -> np.ndarray:
+    """int64 that sort as (similarity descending, index ascending): one sort of integers, which NumPy vectorises."""
+    bits = (similarities + np.float32(0)).view(np.int32)  # adding 0 makes -0 equal to 0
+    return (~_in_order(bits)).astype(np.int64) << 32 | indices
+
+
+def _unpack(packed: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Similarities and indices of `_packed` numbers."""
+    return _in_order(~(packed >> 32).astype(np.int32)).view(np.float32), packed & 0xFFFFFFFF
+
+
+def _in_order(bits: np.ndarray) -> np.ndarray:
+    """The bits of float32 numbers as integers that compare as the numbers do; its own inverse."""
+    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
+
+
+def _search_on(gallery: np.ndarray, gpu: int | None) -> "tuple[int | None, Search]":
+    """The GPU that is used after all, and a function of queries (Q, D) and k: similarities and indices (Q, k)."""
 
     def on_cpu(queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
         return faiss.knn(queries, gallery, k, metric=faiss.METRIC_INNER_PRODUCT)  # reads the gallery where it lies
 
     if gpu is None:
-        return on_cpu
+        return None, on_cpu
     try:
         index = _gpu_index(gallery.shape[1], gpu, faiss.METRIC_INNER_PRODUCT, len(gallery))
         index.add(gallery)
     except Exception as error:  # whatever an absent or busy GPU raises: the CPU gives the same answer
         _say_cpu_instead(gpu, error)
-        return on_cpu
+        return None, on_cpu
 
     def on_gpu(queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
         nonlocal index
@@ -323,7 +339,7 @@ def _search_on(gallery: np.ndarray, gpu: int | None) -> "Search":
             index = None
             return on_cpu(queries, k)
 
-    return on_gpu
+    return gpu, on_gpu
 
 
 def _gpu_index(dim: int, gpu: int, metric: int, vectors: int) -> Any:
@@ -348,7 +364,7 @@ def _gpu_index(dim: int, gpu: int, metric: int, vectors: int) -> Any:
 
 def _say_cpu_instead(gpu: int, error: Exception) -> None:
     reason = str(error).strip().splitlines() or [type(error).__name__]
-    logger.warning("faiss cannot use GPU %d (%s); it searches on the CPU instead", gpu, reason[-1])
+    logger.warning("faiss cannot use GPU %d (%s); it searches on the CPU instead", gpu, reason[-1].strip())
 
 
 def _gpu_number(embeddings: "Array | None", device: "torch.device | str | None") -> int | None:
@@ -359,7 +375,9 @@ def _gpu_number(embeddings: "Array | None", device: "torch.device | str | None")
     import torch
 
     number = torch.device(device).index
-    return torch.cuda.current_device() if number is None else number
+    if number is None:
+        number = torch.cuda.current_device() if torch.cuda.is_available() else 0
+    return number
 
 
 # ------------------------------------------------------------------------------------------------------------ input

@@ -1,0 +1,476 @@
+"""Metrics and neighbours against a naive loop in float64 and against pytorch-metric-learning; ties, input, GPU."""
+
+import logging
+import sys
+
+import faiss
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pytorch_metric_learning.utils.accuracy_calculator import AccuracyCalculator
+
+from memvir import retrieval
+from memvir.errors import UserError
+from memvir.retrieval import average_precision, evaluate, nearest_neighbours
+
+by_example = settings(derandomize=True, deadline=None, max_examples=60)
+FAISS_ALWAYS, AS_MEASURED = 1, retrieval.DEEP_SHARE
+by_faiss_and_by_sorting = pytest.mark.parametrize("deep_share", [FAISS_ALWAYS, AS_MEASURED])
+
+
+def naive_neighbours(embeddings, query=None):
+    """Every query's ranking of the whole gallery, itself left out, equal similarities in the order of the gallery."""
+    gallery = np.array([row / np.linalg.norm(row) for row in np.asarray(embeddings, np.float64)])
+    queries = gallery if query is None else [row / np.linalg.norm(row) for row in np.asarray(query, np.float64)]
+    rankings = []
+    for q, embedding in enumerate(queries):
+        others = [i for i in range(len(gallery)) if query is not None or i != q]
+        # Rounded, so that duplicates tie in float64 as well.
+        rankings.append(sorted(others, key=lambda i: (-round(float(embedding @ gallery[i]), 9), i)))
+    return rankings
+
+
+def naive_metrics(embeddings, labels, recall_at, query=None, query_labels=None):
+    rows = []
+    for q, ranking in enumerate(naive_neighbours(embeddings, query)):
+        label = labels[q] if query is None else query_labels[q]
+        hits = [labels[i] == label for i in ranking]
+        r = sum(hits)
+        if r:
+            recalls = [float(any(hits[:k])) for k in recall_at]
+            precision = sum(hits[:r]) / r
+            precisions_at_hits = [sum(hits[: i + 1]) / (i + 1) for i in range(r) if hits[i]]
+            rows.append([*recalls, precision, sum(precisions_at_hits) / r])
+    names = [*(f"recall_at_{k}" for k in recall_at), "rp", "map"]
+    return dict(zip(names, np.mean(rows, axis=0).tolist(), strict=True))
+
+
+def random_images(seed, images, classes, dim=8):
+    """Labels far from contiguous, shuffled, the classes of very different sizes; embeddings that know them a little."""
+    random = np.random.default_rng(seed)
+    class_of = np.minimum(random.geometric(2 / (classes + 1), size=images), classes) - 1
+    class_of[:2] = 0  # at least one query has something to find
+    random.shuffle(class_of)
+    labels = random.permutation(10 * classes)[:classes][class_of] - 5
+    embeddings = random.normal(size=(classes, dim))[class_of] + random.normal(size=(images, dim))
+    return embeddings.astype(np.float32), labels
+
+
+def images_full_of_ties(seed, images, classes):
+    """Corners of a cube: lengths and similarities are exact in float32, and many corners are taken more than once."""
+    random = np.random.default_rng(seed)
+    _, labels = random_images(seed, images, classes)
+    return random.choice([-3.0, 3.0], size=(images, 4)).astype(np.float32), labels
+
+
+@by_faiss_and_by_sorting
+@by_example
+@given(
+    seed=st.integers(0, 10_000),
+    images=st.integers(3, 80),
+    classes=st.integers(1, 30),
+    make=st.sampled_from([random_images, images_full_of_ties]),
+)
+def test_metrics_equal_a_naive_loop_for_classes_of_any_size_and_among_ties(deep_share, seed, images, classes, make):
+    embeddings, labels = make(seed, images, classes)
+    recall_at = sorted({1, min(3, images - 1), images - 1})
+    expected = naive_metrics(embeddings, labels, recall_at)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(retrieval, "DEEP_SHARE", deep_share)
+        assert evaluate(embeddings, labels, recall_at) == pytest.approx(expected, abs=1e-12)
+
+
+@by_faiss_and_by_sorting
+@by_example
+@given(
+    seed=st.integers(0, 10_000),
+    images=st.integers(4, 60),
+    classes=st.integers(1, 10),
+    queries=st.integers(2, 40),
+    make=st.sampled_from([random_images, images_full_of_ties]),
+)
+def test_metrics_of_a_query_set_against_a_gallery_equal_a_naive_loop(deep_share, seed, images, classes, queries, make):
+    everything, labels = make(seed, images + queries, classes)
+    labels[images] = labels[0]
+    gallery, query = everything[:images], everything[images:]
+    gallery_labels, query_labels = labels[:images], labels[images:]
+    expected = naive_metrics(gallery, gallery_labels, (1, 4), query, query_labels)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(retrieval, "DEEP_SHARE", deep_share)
+        measured = evaluate(gallery, gallery_labels, (1, 4), query=query, query_labels=query_labels)
+    assert measured == pytest.approx(expected, abs=1e-12)
+
+
+@by_faiss_and_by_sorting
+@by_example
+@given(seed=st.integers(0, 10_000), images=st.integers(2, 80), share=st.floats(0, 1))
+def test_neighbours_are_those_of_a_naive_loop_for_every_k(deep_share, seed, images, share):
+    embeddings, _ = images_full_of_ties(seed, images, 5)
+    k = max(1, round(share * (images - 1)))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(retrieval, "DEEP_SHARE", deep_share)
+        similarities, indices = nearest_neighbours(embeddings, k)
+    assert indices.tolist() == [ranking[:k] for ranking in naive_neighbours(embeddings)]
+    unit = embeddings / 6
+    np.testing.assert_array_equal(similarities, np.take_along_axis(unit @ unit.T, indices, axis=1))
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_metrics_equal_those_of_pytorch_metric_learning(seed):
+    embeddings, labels = random_images(seed, 1000, 60, dim=32)
+    names = ("precision_at_1", "r_precision", "mean_average_precision_at_r")
+    unit = torch.nn.functional.normalize(torch.from_numpy(embeddings))
+    calculator = AccuracyCalculator(include=names, k="max_bin_count", device=torch.device("cpu"))
+    expected = calculator.get_accuracy(unit, torch.from_numpy(labels))
+    measured = evaluate(embeddings, labels)
+    assert [measured[name] for name in ("recall_at_1", "rp", "map")] == pytest.approx(
+        [expected[name] for name in names], abs=1e-6
+    )
+
+
+def test_metrics_of_a_query_set_equal_those_of_pytorch_metric_learning():
+    everything, labels = random_images(3, 1000, 20, dim=32)
+    names = ("precision_at_1", "r_precision", "mean_average_precision_at_r")
+    unit = torch.nn.functional.normalize(torch.from_numpy(everything))
+    calculator = AccuracyCalculator(include=names, k="max_bin_count", device=torch.device("cpu"))
+    expected = calculator.get_accuracy(
+        unit[:300], torch.from_numpy(labels[:300]), unit[300:], torch.from_numpy(labels[300:])
+    )
+    measured = evaluate(everything[300:], labels[300:], query=everything[:300], query_labels=labels[:300])
+    assert [measured[name] for name in ("recall_at_1", "rp", "map")] == pytest.approx(
+        [expected[name] for name in names], abs=1e-6
+    )
+
+
+# ------------------------------------------------------------------------------------------------------- duplicates
+
+
+@by_faiss_and_by_sorting
+def test_a_query_is_left_out_even_if_more_duplicates_tie_with_it_than_are_fetched(deep_share, monkeypatch):
+    monkeypatch.setattr(retrieval, "DEEP_SHARE", deep_share)
+    embeddings = np.ones((50, 4), np.float32)
+    _, indices = nearest_neighbours(embeddings, 3)
+    assert indices[:5].tolist() == [[1, 2, 3], [0, 2, 3], [0, 1, 3], [0, 1, 2], [0, 1, 2]]
+    assert (indices[4:] == [0, 1, 2]).all()
+
+
+@by_faiss_and_by_sorting
+def test_a_duplicate_of_another_class_counts_as_a_miss_and_the_query_never_as_a_hit(deep_share, monkeypatch):
+    monkeypatch.setattr(retrieval, "DEEP_SHARE", deep_share)
+    # Pairs of equal images of different classes: leaving out the first neighbour, whichever it is, finds the query.
+    embeddings = np.repeat(np.eye(4, dtype=np.float32), 2, axis=0)
+    labels = np.array([0, 1, 0, 1, 0, 1, 0, 1])
+    metrics = evaluate(embeddings, labels, recall_at=(1, 2))
+    assert metrics["recall_at_1"] == 0
+    assert metrics == pytest.approx(naive_metrics(embeddings, labels, (1, 2)), abs=1e-12)
+
+
+@by_faiss_and_by_sorting
+def test_duplicates_of_one_class_find_each_other(deep_share, monkeypatch):
+    monkeypatch.setattr(retrieval, "DEEP_SHARE", deep_share)
+    embeddings, labels = random_images(0, 120, 15, dim=64)
+    order = np.random.default_rng(0).permutation(360)
+    embeddings, labels = np.repeat(embeddings, 3, axis=0)[order], np.repeat(np.arange(120), 3)[order]
+    assert evaluate(embeddings, labels) == {f"recall_at_{k}": 1.0 for k in (1, 2, 4, 8)} | {"rp": 1.0, "map": 1.0}
+
+
+def test_a_query_that_is_also_in_the_gallery_finds_itself():
+    embeddings, _ = random_images(1, 40, 4)
+    similarities, indices = nearest_neighbours(embeddings, 1, query=embeddings[5:25])
+    assert indices[:, 0].tolist() == list(range(5, 25))
+    assert similarities == pytest.approx(1, abs=1e-6)
+
+
+@by_faiss_and_by_sorting
+def test_collapsed_embeddings_rank_the_images_in_their_order(deep_share, monkeypatch):
+    monkeypatch.setattr(retrieval, "DEEP_SHARE", deep_share)
+    labels = np.arange(300) % 7
+    embeddings = np.full((300, 16), 0.25, np.float32)
+    assert evaluate(embeddings, labels) == pytest.approx(naive_metrics(embeddings, labels, (1, 2, 4, 8)), abs=1e-12)
+
+
+# ------------------------------------------------------------------------------------------------- what is counted
+
+
+def test_queries_with_nothing_to_find_are_left_out_and_counted_in_a_warning(caplog):
+    embeddings, _ = random_images(2, 30, 5)
+    labels = np.array([0] * 20 + [1] * 7 + [2, 3, 4])
+    with caplog.at_level(logging.WARNING, "memvir"):
+        metrics = evaluate(embeddings, labels)
+    assert metrics == pytest.approx(naive_metrics(embeddings, labels, (1, 2, 4, 8)), abs=1e-12)
+    assert caplog.messages == [
+        "3 of 30 queries have no other image of their class in the gallery; the metrics are averages over the "
+        "remaining 27"
+    ]
+
+
+def test_nothing_is_said_when_every_query_counts(caplog):
+    evaluate(random_images(2, 30, 5)[0], np.arange(30) % 5)
+    assert not caplog.messages
+
+
+def test_average_precision_is_given_for_each_query_and_its_mean_is_map():
+    embeddings, labels = random_images(4, 90, 12)
+    labels[17] = 999
+    precisions = average_precision(embeddings, labels)
+    assert np.isnan(precisions[17])
+    assert np.nanmean(precisions) == pytest.approx(evaluate(embeddings, labels)["map"], abs=1e-12)
+    query = average_precision(embeddings[:60], labels[:60], query=embeddings[60:], query_labels=labels[60:])
+    assert query.shape == (30,)
+
+
+def test_metrics_do_not_depend_on_how_queries_are_cut_into_chunks(monkeypatch):
+    embeddings, labels = random_images(5, 200, 12)
+    whole = evaluate(embeddings, labels), nearest_neighbours(embeddings, 20)[1].tolist()
+    monkeypatch.setattr(retrieval, "CHUNK_NEIGHBOURS", 500)
+    assert (evaluate(embeddings, labels), nearest_neighbours(embeddings, 20)[1].tolist()) == whole
+    monkeypatch.setattr(retrieval, "CHUNK_QUERIES", 1)
+    assert evaluate(embeddings, labels) == pytest.approx(whole[0], abs=1e-12)
+
+
+def test_queries_of_small_classes_do_not_fetch_as_many_neighbours_as_those_of_large_ones():
+    relevant = np.array([1] * 9000 + [2999] * 3000 + [0] * 5)
+    chunks = list(retrieval._chunks(relevant, recall_depth=8))
+    assert sorted(np.concatenate([rows for rows, _ in chunks]).tolist()) == list(range(12_000))
+    assert all(len(rows) * k <= retrieval.CHUNK_NEIGHBOURS for rows, k in chunks)
+    assert [k for _, k in chunks][-2:] == [8, 8]
+
+
+def test_classes_of_thousands_of_images_work():
+    random = np.random.default_rng(6)
+    labels = np.arange(3000) % 2
+    embeddings = random.normal(size=(3000, 8)).astype(np.float32)
+    embeddings[:, 0] = labels - 0.5
+    embeddings[:, 1:] *= 1e-3
+    assert evaluate(embeddings, labels)["map"] == 1.0
+
+
+def test_sorting_whole_rows_and_faiss_find_the_same(monkeypatch):
+    embeddings, _ = random_images(18, 400, 12)
+    sorted_out = nearest_neighbours(embeddings, 60)
+    monkeypatch.setattr(retrieval, "DEEP_SHARE", FAISS_ALWAYS)
+    by_faiss = nearest_neighbours(embeddings, 60)
+    np.testing.assert_allclose(sorted_out[0], by_faiss[0], atol=1e-6)
+    assert (sorted_out[1] == by_faiss[1]).mean() > 0.999  # rounding may swap two that are all but equal
+
+
+def test_the_same_input_gives_the_same_bytes():
+    embeddings, labels = random_images(7, 500, 20)
+    first, second = (nearest_neighbours(embeddings, 30) for _ in range(2))
+    assert [array.tobytes() for array in first] == [array.tobytes() for array in second]
+    assert evaluate(embeddings, labels, nmi=True) == evaluate(embeddings, labels, nmi=True)
+
+
+def test_nmi_is_one_for_separate_classes_and_low_for_noise():
+    labels = np.arange(400) % 10
+    noise = np.random.default_rng(8).normal(size=(400, 16))
+    assert evaluate(np.eye(16)[labels] + 0.01 * noise, labels, nmi=True)["nmi"] == pytest.approx(1)
+    assert evaluate(noise, labels, nmi=True)["nmi"] < 0.3
+    assert "nmi" not in evaluate(noise, labels)
+
+
+# ------------------------------------------------------------------------------------------------------------ input
+
+
+def test_arrays_tensors_and_lists_of_any_type_and_length_give_the_same_metrics():
+    embeddings, labels = random_images(9, 60, 6)
+    expected = evaluate(embeddings, labels)
+    names = [f"car {label}" for label in labels]
+    lengths = np.geomspace(1e-30, 1e30, 60)[:, None]
+    coarse = torch.from_numpy(embeddings).bfloat16()
+    for same_embeddings, same_labels in [
+        (torch.from_numpy(embeddings).requires_grad_(), torch.from_numpy(labels)),
+        (embeddings.tolist(), labels.tolist()),
+        (embeddings.astype(np.float64) * lengths, names),
+        ((embeddings * lengths).astype(np.float32), labels),
+        (np.asfortranarray(embeddings)[:, ::-1], labels.astype(np.float64)),
+    ]:
+        assert evaluate(same_embeddings, same_labels) == pytest.approx(expected, abs=1e-12)
+    assert evaluate(coarse, labels) == evaluate(coarse.float().numpy(), labels)
+    assert all(type(value) is float for value in expected.values())
+    assert list(expected) == ["recall_at_1", "recall_at_2", "recall_at_4", "recall_at_8", "rp", "map"]
+
+
+def test_the_input_is_left_as_it_was():
+    embeddings, labels = random_images(10, 40, 4)
+    before = embeddings.copy(), labels.copy()
+    evaluate(embeddings, labels)
+    np.testing.assert_array_equal(embeddings, before[0])
+    np.testing.assert_array_equal(labels, before[1])
+
+
+def with_value(value, rows):
+    embeddings = np.ones((10, 4), np.float32)
+    embeddings[rows, 1] = value
+    return embeddings
+
+
+GOOD = np.ones((10, 4), np.float32)
+TWO_CLASSES = np.arange(10) % 2
+
+
+@pytest.mark.parametrize(
+    ("embeddings", "labels", "options", "message"),
+    [
+        (with_value(np.nan, [1, 7]), TWO_CLASSES, {}, "2 of 10 embeddings hold NaN or infinite values"),
+        (with_value(-np.inf, [3]), TWO_CLASSES, {}, "1 of 10 embeddings hold NaN or infinite values"),
+        (GOOD, TWO_CLASSES[:9], {}, r"labels must have the shape \(10,\), one per row of the embeddings, not \(9,\)"),
+        (GOOD, np.eye(10), {}, r"labels must have the shape \(10,\).*not \(10, 10\)"),
+        (GOOD[0], TWO_CLASSES, {}, r"embeddings must have the shape \(images, dimensions\), not \(4,\)"),
+        (GOOD[:0], TWO_CLASSES[:0], {}, r"embeddings must have the shape \(images, dimensions\), not \(0, 4\)"),
+        (GOOD, np.arange(10), {}, "no query has another image of its class"),
+        (GOOD, TWO_CLASSES, {"recall_at": (1, 10)}, "recall_at: 10 is more than the 9 gallery images"),
+        (GOOD, TWO_CLASSES, {"recall_at": (0, 1)}, "recall_at: 0 is not a number of neighbours"),
+        (GOOD, TWO_CLASSES, {"query": GOOD}, "query and query_labels belong together"),
+        (GOOD, TWO_CLASSES, {"query_labels": TWO_CLASSES}, "query and query_labels belong together"),
+        (
+            GOOD,
+            TWO_CLASSES,
+            {"query": GOOD[:, :3], "query_labels": TWO_CLASSES},
+            "query embeddings have 3 dimensions, those of the gallery 4",
+        ),
+        (GOOD, TWO_CLASSES, {"query": GOOD, "query_labels": [1]}, "query_labels must have the shape"),
+        (GOOD, TWO_CLASSES, {"query": GOOD, "query_labels": TWO_CLASSES + 5}, "no query has another image"),
+        (
+            GOOD,
+            TWO_CLASSES,
+            {"query": with_value(np.inf, [0]), "query_labels": TWO_CLASSES},
+            "1 of 10 query embeddings hold NaN",
+        ),
+    ],
+)
+def test_input_that_makes_no_sense_is_refused_in_one_sentence(embeddings, labels, options, message):
+    with pytest.raises(UserError, match=message) as refusal:
+        evaluate(embeddings, labels, **options)
+    assert "\n" not in str(refusal.value)
+
+
+def test_more_neighbours_than_there_are_is_refused():
+    with pytest.raises(UserError, match="10 neighbours asked for; there are from 1 to 9"):
+        nearest_neighbours(GOOD, 10)
+    assert nearest_neighbours(GOOD, 10, query=GOOD[:2])[1].shape == (2, 10)
+
+
+# -------------------------------------------------------------------------------------------------------------- GPU
+
+
+def test_without_a_gpu_the_cpu_is_used_and_one_line_says_so(monkeypatch, caplog):
+    monkeypatch.setattr(faiss, "get_num_gpus", lambda: 0)
+    embeddings, labels = random_images(11, 60, 6)
+    assert evaluate(embeddings, labels, device="cuda:0") == evaluate(embeddings, labels)
+    notices = [message for message in caplog.messages if "GPU" in message]
+    assert len(notices) == 1
+    assert notices[0].startswith("faiss cannot use GPU 0 (") and "CPU instead" in notices[0]
+    assert "\n" not in notices[0]
+
+
+def test_faiss_built_without_gpu_support_is_a_notice_too(monkeypatch, caplog):
+    fake_gpus(monkeypatch)
+    monkeypatch.delattr(faiss, "StandardGpuResources")
+    embeddings, labels = random_images(11, 60, 6)
+    assert evaluate(embeddings, labels, device=torch.device("cuda")) == evaluate(embeddings, labels)
+    assert any("CPU instead" in message for message in caplog.messages)
+
+
+class FakeResources:
+    def setTempMemory(self, size):  # noqa: N802
+        self.temporary = size
+
+    def setPinnedMemory(self, size):  # noqa: N802
+        pass
+
+
+class FakeGpuIndex:
+    """A flat index that behaves like faiss's on a GPU: few neighbours at a time, and broken when told to be."""
+
+    fails_at = None  # the search that finds no memory
+
+    def __init__(self, resources, dim, metric, config):
+        self.resources, self.config, self.asked = resources, config, []
+        self.index = faiss.IndexFlat(dim, metric)
+        made.append(self)
+
+    def add(self, vectors):
+        self.index.add(vectors)
+
+    def search(self, queries, k):
+        if len(self.asked) == self.fails_at:
+            raise RuntimeError("Error in virtual void* allocMemory:\n  cudaMalloc error out of memory")
+        assert k <= 2048
+        self.asked.append((len(queries), k))
+        return self.index.search(queries, k)
+
+
+class FakeConfig:
+    device = 0
+
+
+made: list[FakeGpuIndex] = []
+
+
+def fake_gpus(monkeypatch, count=2, free=8 << 30):
+    made.clear()
+    monkeypatch.setattr(faiss, "get_num_gpus", lambda: count)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda gpu: (free, 16 << 30))
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    monkeypatch.setattr(faiss, "StandardGpuResources", FakeResources, raising=False)
+    monkeypatch.setattr(faiss, "GpuIndexFlatConfig", FakeConfig, raising=False)
+    monkeypatch.setattr(faiss, "GpuIndexFlat", FakeGpuIndex, raising=False)
+
+
+def test_the_gpu_asked_for_is_searched_with_little_temporary_memory(monkeypatch, caplog):
+    fake_gpus(monkeypatch)
+    embeddings, labels = random_images(12, 300, 10)
+    assert evaluate(embeddings, labels, device="cuda:1") == evaluate(embeddings, labels)
+    assert [index.config.device for index in made] == [1]
+    assert made[0].resources.temporary == retrieval.GPU_TEMPORARY_BYTES
+    assert sum(queries for queries, _ in made[0].asked) == 300
+    assert not [message for message in caplog.messages if "GPU" in message]
+
+
+@by_faiss_and_by_sorting
+def test_more_neighbours_than_a_gpu_can_find_are_left_to_the_cpu(deep_share, monkeypatch):
+    fake_gpus(monkeypatch)
+    monkeypatch.setattr(retrieval, "DEEP_SHARE", deep_share)
+    gallery = np.random.default_rng(13).normal(size=(2600, 4)).astype(np.float32)
+    gallery_labels = np.array([0] * 2500 + [1] * 100)
+    queries = {"query": gallery[::50] + 0.1, "query_labels": gallery_labels[::50]}
+    assert evaluate(gallery, gallery_labels, device="cuda", **queries) == pytest.approx(
+        evaluate(gallery, gallery_labels, **queries), abs=1e-9
+    )
+    assert all(k <= 2048 for _, k in made[0].asked)
+
+
+def test_a_gpu_that_fails_in_the_middle_is_replaced_by_the_cpu_with_one_notice(monkeypatch, caplog):
+    fake_gpus(monkeypatch)
+    monkeypatch.setattr(retrieval, "CHUNK_QUERIES", 50)
+    monkeypatch.setattr(FakeGpuIndex, "fails_at", 2)
+    embeddings, labels = random_images(14, 300, 40)
+    assert evaluate(embeddings, labels, device="cuda:0") == evaluate(embeddings, labels)
+    assert len(made[0].asked) == 2
+    assert [message for message in caplog.messages if "GPU" in message] == [
+        "faiss cannot use GPU 0 (cudaMalloc error out of memory); it searches on the CPU instead"
+    ]
+
+
+def test_a_gpu_without_room_is_not_touched(monkeypatch, caplog):
+    fake_gpus(monkeypatch, free=100 << 20)
+    embeddings, labels = random_images(15, 100, 5)
+    assert evaluate(embeddings, labels, device="cuda:0", nmi=True) == evaluate(embeddings, labels, nmi=True)
+    assert not made
+    assert any("100 MiB of its memory are free" in message for message in caplog.messages)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available() or faiss.get_num_gpus() == 0, reason="no GPU")
+def test_a_real_gpu_gives_the_metrics_of_the_cpu():
+    embeddings, labels = random_images(16, 3000, 50, dim=64)
+    on_gpu = torch.from_numpy(embeddings).cuda()
+    assert evaluate(on_gpu, labels, nmi=True)["map"] == pytest.approx(evaluate(embeddings, labels)["map"], abs=1e-4)
+
+
+def test_arrays_are_evaluated_without_importing_torch(monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch", None)
+    embeddings, labels = random_images(17, 40, 4)
+    assert set(evaluate(embeddings, labels)) >= {"rp", "map"}
