@@ -98,9 +98,8 @@ class MemVir(nn.Module):
         if not (self.enabled and self.training and self.num_steps):
             self._slots_used = 0
             return self.loss(embeddings, labels)
-        with torch.no_grad():
-            self._commit()
-            self._reserve(len(embeddings), embeddings.device)
+        self._commit()
+        self._reserve(len(embeddings), embeddings.device)
         compute = self._concatenated if self.concatenate else self._two_strips
         residue, turn = self._place(self._step)
         n = min(turn, self.num_steps)
