@@ -62,7 +62,7 @@ class Checkpoint:
                 file.write(content)
         except OSError as error:
             raise UserError(
-                f"{self.path}: {error.strerror}; a checkpoint needs {len(content) / 1e6:.1f} MB: free some space and "
+                f"{self.path}: {error.strerror}; a checkpoint needs {len(content) / 1e6:.2f} MB: free some space and "
                 "run the same command again, it continues from the checkpoint before"
             ) from None
 

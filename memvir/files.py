@@ -26,9 +26,11 @@ def atomic_write(path: Path, keep: Path | None = None) -> Iterator[BinaryIO]:
         if keep is not None and path.exists():
             os.replace(path, keep)
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException as error:
         with contextlib.suppress(OSError):
             temporary.unlink()
+        if isinstance(error, OSError):
+            error.filename = str(path)  # a failed write does not know its file
         raise
     _fsync_folder(path.parent)
 

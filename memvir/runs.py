@@ -24,7 +24,7 @@ from memvir.datasets import read_index
 from memvir.distributed import join_world
 from memvir.environment import describe_environment, fingerprint, loader_workers, set_up_device
 from memvir.errors import UserError
-from memvir.files import write_json, write_text
+from memvir.files import write_json
 from memvir.history import save_model, to_csv
 from memvir.models import build_embedder
 from memvir.pixels import Crop, open_images
@@ -155,22 +155,35 @@ def _test_images(
 
 def _write_run(trainer: Trainer, embeddings: np.ndarray, environment: dict, target: Path) -> None:
     """Write everything into a folder beside `target`, then put it in its place: no reader sees half a run."""
+    last_epoch = trainer.epoch - 1
+    summary = {"last_epoch": last_epoch, "best_epochs": trainer.best.epochs, "environment": environment}
+    files = {
+        "history.csv": to_csv(trainer.history.rows).encode(),
+        "growth.csv": to_csv(trainer.history.growth).encode(),
+        "test_embeddings.npz": _npz({"embeddings": embeddings}),
+        "summary.json": json.dumps(summary, indent=2).encode(),
+    }
+    for epoch, weights in {**trainer.best.weights, last_epoch: trainer.embedder.state_dict()}.items():
+        files[f"models/epoch-{epoch:04d}.pt"] = save_model(weights)
+    for epoch, arrays in trainer.snapshots.items():
+        files[f"snapshots/epoch-{epoch:04d}.npz"] = _npz({key: value.numpy() for key, value in arrays.items()})
     new, old = (target.with_name(f".{target.name}.{age}") for age in ("new", "old"))
     for leftover in (new, old):  # of a process that was killed here
         shutil.rmtree(leftover, ignore_errors=True)
-    write_text(new / "history.csv", to_csv(trainer.history.rows))
-    write_text(new / "growth.csv", to_csv(trainer.history.growth))
-    last_epoch = trainer.epoch - 1
-    for epoch, weights in {**trainer.best.weights, last_epoch: trainer.embedder.state_dict()}.items():
-        _write_bytes(_model_file(new, epoch), save_model(weights))
-    for epoch, arrays in trainer.snapshots.items():
-        _write_arrays(new / "snapshots" / f"epoch-{epoch:04d}.npz", {k: v.numpy() for k, v in arrays.items()})
-    _write_arrays(new / "test_embeddings.npz", {"embeddings": embeddings})
-    summary = {"last_epoch": last_epoch, "best_epochs": trainer.best.epochs, "environment": environment}
-    write_json(new / "summary.json", summary)
-    if target.exists():
-        os.rename(target, old)
-    os.rename(new, target)
+    try:
+        for name, content in files.items():
+            (new / name).parent.mkdir(parents=True, exist_ok=True)
+            (new / name).write_bytes(content)
+        if target.exists():
+            os.rename(target, old)
+        os.rename(new, target)
+    except OSError as error:
+        shutil.rmtree(new, ignore_errors=True)
+        size = sum(map(len, files.values()))
+        raise UserError(
+            f"{target}: {error.strerror}; the run's models and history need {size / 1e6:.2f} MB: free some space and "
+            "run the same command again, nothing is trained twice"
+        ) from None
     shutil.rmtree(old, ignore_errors=True)
 
 
@@ -178,15 +191,10 @@ def _model_file(folder: Path, epoch: int) -> Path:
     return folder / "models" / f"epoch-{epoch:04d}.pt"
 
 
-def _write_bytes(path: Path, content: bytes) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(content)
-
-
-def _write_arrays(path: Path, arrays: dict[str, np.ndarray]) -> None:
+def _npz(arrays: dict[str, np.ndarray]) -> bytes:
     buffer = io.BytesIO()
     np.savez(buffer, allow_pickle=False, **arrays)
-    _write_bytes(path, buffer.getvalue())
+    return buffer.getvalue()
 
 
 def _weight_file(run: Run, files: RunFiles) -> Path | None:

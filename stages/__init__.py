@@ -4,6 +4,7 @@
 """
 
 import argparse
+import errno
 import functools
 import inspect
 import logging
@@ -49,5 +50,6 @@ def stage(main: Callable[..., None]) -> Callable[[], None]:
 def describe(error: Exception) -> str:
     """An error as one line; for a full disk or a missing file the path stands first."""
     if isinstance(error, OSError) and error.strerror:
-        return f"{error.filename or 'file system'}: {error.strerror}"
+        advice = "; free some space and run the same command again" if error.errno == errno.ENOSPC else ""
+        return f"{error.filename or 'file system'}: {error.strerror}{advice}"
     return " ".join(str(error).split())

@@ -6,8 +6,8 @@ import signal
 
 import pandas as pd
 import pytest
-from stages import paths
 
+from stages import paths
 from tests import tiny
 from tests.stages.workspace import Workspace
 
