@@ -7,9 +7,18 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .PHONY: repro test lint benchmarks clean
 
-repro: $(VENV)/.installed .dvc/config
+repro: $(VENV)/.installed .dvc/config.local
+ifdef JOBS
+	@python -c "import ray" 2>/dev/null || python -m pip install --quiet --disable-pip-version-check -r requirements-cluster.txt
+	python -m stages.sweep --jobs $(JOBS)
+else
 	dvc repro
+endif
 	@python -m stages.report --print
+
+# DVC wants a git clone; a downloaded archive does as well once it is told
+.dvc/config.local:
+	@if git rev-parse --git-dir >/dev/null 2>&1; then touch $@; else $(BIN)/dvc config --local core.no_scm true; fi
 
 test: $(VENV)/.installed-dev
 	python -m pytest -n 2
