@@ -17,7 +17,7 @@ endif
 	@python -m stages.report --print
 
 # DVC wants a git clone; a downloaded archive does as well once it is told
-.dvc/config.local:
+.dvc/config.local: | $(VENV)/.installed
 	@if git rev-parse --git-dir >/dev/null 2>&1; then touch $@; else $(BIN)/dvc config --local core.no_scm true; fi
 
 test: $(VENV)/.installed-dev
