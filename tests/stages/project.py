@@ -1,0 +1,51 @@
+"""A repository of one's own with a tiny data set: this one's code and dvc.yaml, other numbers."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from tests import tiny
+
+ROOT = Path(__file__).parents[2]
+
+
+class Project:
+    def __init__(self, folder: Path, params: dict[str, Any]) -> None:
+        self.folder = folder
+        folder.mkdir()
+        for name in ("dvc.yaml", ".dvcignore", ".gitignore"):
+            shutil.copy(ROOT / name, folder / name)
+        for name in ("memvir", "stages"):
+            shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+        (folder / ".dvc").mkdir()
+        shutil.copy(ROOT / ".dvc" / "config", folder / ".dvc" / "config")
+        subprocess.run(["git", "init", "-q", "."], cwd=folder, check=True)
+        self.write_params(params)
+        tiny.write_images(folder / "dataset" / "tiny" / "source")
+
+    def write_params(self, params: dict[str, Any]) -> None:
+        (self.folder / "params.yaml").write_text(json.dumps(params, indent=1))
+
+    def run(self, *command: str) -> subprocess.CompletedProcess[str]:
+        """python -m COMMAND in the project."""
+        environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+        return subprocess.run(
+            [sys.executable, "-m", *command], cwd=self.folder, env=environment, capture_output=True, text=True
+        )
+
+    def outputs(self, *folders: str) -> dict[str, bytes]:
+        files = [p for folder in folders for p in sorted((self.folder / folder).rglob("*")) if p.is_file()]
+        return {str(path.relative_to(self.folder)): path.read_bytes() for path in files}
+
+
+def params() -> dict[str, Any]:
+    """Two variants and one seed, and the run for the t-SNE figure."""
+    content = tiny.params()
+    content["seeds"] = [1]
+    variants = content["tiny"]["variants"]
+    variants["tsne"] = {**variants["memvir_norm_softmax"], "training": {"epochs": 4}, "snapshots": [1, 2, 4]}
+    return content
