@@ -15,6 +15,8 @@ compared with: embeddings and proxies, or for Proxy-Anchor proxies and embedding
 classes, D dimensions, A anchors and K others (B and C, or C and B), n <= N slots in use.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
@@ -44,6 +46,14 @@ class MemVir(nn.Module):
     train mode is a step. For the losses of `memvir.losses` it takes the gradients too, and backward() hands them out.
     """
 
+    loss: Any  # a ProxyLoss, or any module that looks like one from outside
+    past_embeddings: Tensor
+    past_labels: Tensor
+    past_proxies: Tensor
+    past_positive: Tensor
+    past_counted: Tensor
+    block_lse: Tensor
+
     def __init__(
         self,
         loss: nn.Module,
@@ -64,6 +74,7 @@ class MemVir(nn.Module):
         self.loss = loss
         self.num_steps = num_steps
         self.step_gap = step_gap
+        assert not isinstance(storage_dtype, str)
         self.storage_dtype = storage_dtype
         self.concatenate = concatenate or not isinstance(loss, ProxyLoss)
         self.enabled = True
