@@ -12,6 +12,7 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 
 import numpy as np
 import pandas as pd
@@ -102,14 +103,8 @@ def evaluate_run(run: Run, runtime: Runtime, files: RunFiles, result: Path) -> N
         summary = json.loads((files.run / "summary.json").read_text())
     except FileNotFoundError:
         raise UserError(f"{files.run}: this run has not been trained; run `dvc repro`") from None
-    index = read_index(files.index)
-    test, labels = _test_images(run, runtime, files, index, device)
-    in_channels = 1 if run.images.channels == "grey" else 3
-    embedder = build_embedder(run.model.model_copy(update={"pretrained": "none"}), in_channels, None).to(device)
-    metrics = {}
-    for epoch in sorted({summary["last_epoch"], *summary["best_epochs"].values()}):
-        embedder.load_state_dict(torch.load(_model_file(files.run, epoch), map_location=device, weights_only=True))
-        metrics[epoch] = evaluate(run, embed(embedder, test, PRECISIONS[run.training.precision]), labels, device)
+    epochs = sorted({summary["last_epoch"], *summary["best_epochs"].values()})
+    metrics = _evaluate_models(run, runtime, files, {e: _model_file(files.run, e) for e in epochs}, device)
     content = {
         "last": metrics[summary["last_epoch"]],
         "best": {name: metrics[epoch][name] for name, epoch in summary["best_epochs"].items()},
@@ -119,6 +114,28 @@ def evaluate_run(run: Run, runtime: Runtime, files: RunFiles, result: Path) -> N
         "environment": describe_environment(run, device, runtime, files.index),
     }
     write_json(result, content)
+
+
+def evaluate_model(run: Run, runtime: Runtime, files: RunFiles, model: Path) -> dict[str, float]:
+    """The metrics of a saved model of the run's recipe, in [0, 1]. Raises UserError if the file is not one."""
+    return _evaluate_models(run, runtime, files, {0: model}, set_up_device(runtime))[0]
+
+
+def _evaluate_models(
+    run: Run, runtime: Runtime, files: RunFiles, models: dict[int, Path], device: torch.device
+) -> dict[int, dict[str, float]]:
+    test, labels = _test_images(run, runtime, files, read_index(files.index), device)
+    in_channels = 1 if run.images.channels == "grey" else 3
+    embedder = build_embedder(run.model.model_copy(update={"pretrained": "none"}), in_channels, None).to(device)
+    metrics = {}
+    for key, path in models.items():
+        try:
+            embedder.load_state_dict(torch.load(path, map_location=device, weights_only=True))
+        except (RuntimeError, UnpicklingError, EOFError, TypeError, AttributeError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise UserError(f"{path}: not a model of {run.dataset}'s recipe ({reason})") from None
+        metrics[key] = evaluate(run, embed(embedder, test, PRECISIONS[run.training.precision]), labels, device)
+    return metrics
 
 
 def open_training_data(

@@ -11,6 +11,7 @@ import logging
 import os
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from memvir.config import load_params
@@ -20,6 +21,11 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "dataset": {"required": True, "metavar": "D", "help": "a recipe of params.yaml, such as glyphs"},
     "variant": {"required": True, "metavar": "V", "help": "a variant of the recipe, such as memvir_norm_softmax"},
     "seed": {"required": True, "metavar": "S", "type": int, "help": "the run's seed"},
+    "model": {
+        "metavar": "FILE",
+        "type": Path,
+        "help": "a saved model of this recipe: print its metrics, write nothing",
+    },
 }
 
 

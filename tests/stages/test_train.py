@@ -222,3 +222,16 @@ def test_a_batch_larger_than_the_data_set_is_one_line(workspace):
 def test_evaluating_an_untrained_run_says_so(workspace):
     outcome = workspace.evaluate()
     assert outcome.code == 1 and "has not been trained" in outcome.output and outcome.output.count("\n") == 1
+
+
+def test_a_saved_model_is_evaluated_alone(workspace):
+    assert workspace.train().code == 0 and workspace.evaluate().code == 0
+    before = workspace.outputs()
+    model = "runs/tiny/memvir_norm_softmax/1/models/epoch-0006.pt"
+    run = ("--variant", "memvir_norm_softmax", "--seed", "1", "--model")
+    outcome = workspace.run("evaluate", *run, model)
+    assert json.loads(outcome.output) == json.loads(before["results/tiny/memvir_norm_softmax/1.json"])["last"]
+    assert workspace.outputs() == before
+    outcome = workspace.run("evaluate", *run, "params.yaml")
+    assert outcome.code == 1 and "params.yaml: not a model of tiny's recipe" in outcome.output
+    assert outcome.output.count("\n") == 1
