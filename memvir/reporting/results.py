@@ -105,8 +105,9 @@ def environment_of(results: Results) -> dict[str, Any]:
     seen: dict[str, list[str]] = {}
     for content in results.values():
         for key, value in flatten(content.get("environment", {})).items():
-            if str(value) not in seen.setdefault(key, []):
-                seen[key].append(str(value))
+            text = value if isinstance(value, str) else json.dumps(value)
+            if text not in seen.setdefault(key, []):
+                seen[key].append(text)
     return {key: ", ".join(values) for key, values in seen.items()}
 
 
@@ -121,7 +122,7 @@ def check_runs(results: Results, lines: Sequence[Line], seeds: Sequence[int]) ->
     expected = len(lines) * len(seeds)
     missing = [f"{line.variant}/{seed}" for line in lines for seed in seeds if (line.variant, seed) not in results]
     checks = [
-        Check(False, f"{len(missing)} of {expected} runs are missing: {', '.join(missing)}.")
+        Check(False, f"{len(missing)} of {expected} runs missing: {', '.join(missing)}.")
         if missing
         else Check(True, f"All {expected} runs are there: {len(lines)} variants, {len(seeds)} seeds each.")
     ]
@@ -133,7 +134,7 @@ def check_runs(results: Results, lines: Sequence[Line], seeds: Sequence[int]) ->
         if _differing([_run_settings(results[line.variant, s]) for s in seeds if (line.variant, s) in results])
     ]
     checks.append(
-        Check(False, f"The seeds of {', '.join(mixed)} were run with different settings; run `dvc repro`.")
+        Check(False, f"The seeds of {', '.join(mixed)} were run with different settings.")
         if mixed
         else Check(True, "The runs of a variant differ in their seed alone.")
     )

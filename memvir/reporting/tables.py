@@ -6,15 +6,18 @@ That is the published tables' rule too: their Diff. is the difference of the mea
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from importlib.resources import files
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
 from tabulate import tabulate
 
-from memvir.reporting.results import PROTOCOLS, Check, Line
+from memvir.config import Recipe
+from memvir.reporting import results
+from memvir.reporting.results import PROTOCOLS, Check, Line, Results
 
 HEADLINE_METRICS = ("recall_at_1", "rp", "map")
 MISSING = "missing"
@@ -43,6 +46,36 @@ class Table:
     notes: list[str] = field(default_factory=list)
     left: int = 1
     """How many of the first columns hold words rather than numbers."""
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """A data set's results, aggregated: what tables and pages are made of."""
+
+    lines: list[Line]
+    results: Results
+    summary: pd.DataFrame
+    """What `summarise` gives."""
+    checks: list[Check]
+
+    @property
+    def content(self) -> dict[str, Any]:
+        """What a later report is compared with: metrics (`last`), settings and environment."""
+        return {
+            "metrics": to_metrics(self.summary),
+            "settings": results.settings_of(self.results, self.lines),
+            "environment": results.environment_of(self.results),
+        }
+
+
+def read_experiment(
+    recipe: Recipe, variants: Sequence[str], seeds: Sequence[int], result_file: Callable[[str, int], Path]
+) -> Experiment:
+    """Read and aggregate the results of a recipe's variants. Raises UserError if there is not one."""
+    lines = results.table_lines(recipe, variants)
+    found = results.read_results({(v, seed): result_file(v, seed) for v in variants for seed in seeds})
+    summary = summarise(results.run_values(found, lines, seeds), lines)
+    return Experiment(lines, found, summary, results.check_runs(found, lines, seeds))
 
 
 # ------------------------------------------------------------------------------------------------------- aggregation
@@ -105,7 +138,7 @@ def metric_title(metric: str) -> str:
 
 def metric_table(summary: pd.DataFrame, lines: Sequence[Line], metric: str, protocol: str) -> Table:
     """Loss | 1 | 2 | ... | Mean | Diff. | Std., as in the paper."""
-    seeds = _seeds(summary)
+    seeds = seeds_of(summary)
     rows, incomplete = [], []
     for line in lines:
         row = summary.loc[metric, protocol, line.variant]
@@ -125,7 +158,7 @@ def metric_table(summary: pd.DataFrame, lines: Sequence[Line], metric: str, prot
 
 def all_metrics_table(summary: pd.DataFrame, lines: Sequence[Line], protocol: str) -> Table:
     """Mean ± Std. of every metric, a column each: the other Recall@k beside the three of the main tables."""
-    seeds = _seeds(summary)
+    seeds = seeds_of(summary)
     metrics = list(dict.fromkeys(summary.index.get_level_values("metric")))
     rows, marked = [], False
     for line in lines:
@@ -144,23 +177,23 @@ def all_metrics_table(summary: pd.DataFrame, lines: Sequence[Line], protocol: st
 
 def comparison_table(summary: pd.DataFrame, lines: Sequence[Line]) -> Table | None:
     """Every Diff. with its confidence interval and p-value, `last` beside `best`; None if nothing is compared."""
-    titles = {line.variant: line.title for line in lines}
-    compared = [line for line in lines if line.baseline in titles]
+    variants = {line.variant for line in lines}
+    compared = [line for line in lines if line.baseline in variants]
     if not compared:
         return None
-    expected = len(_seeds(summary))
+    expected = len(seeds_of(summary))
     rows: list[list[str]] = []
     marked = False
-    for metric in _headline(summary):
+    for metric in headline_metrics(summary):
         for line in compared:
-            cells = [metric_title(metric), f"{line.title} − {titles[line.baseline or '']}"]
+            cells = [metric_title(metric), line.title]
             for protocol in PROTOCOLS:
                 row = summary.loc[metric, protocol, line.variant]
                 mark = "*" if _rests_on(row) < expected else ""
                 marked |= bool(mark)
                 cells += [_signed(row["diff"], mark), _interval(row), _p_value(row["p"])]
             rows.append(cells)
-    columns = ["Metric", "Comparison"]
+    columns = ["Metric", "Loss"]
     for protocol in PROTOCOLS:
         columns += [f"Diff. ({protocol})", "95 % CI", "p"]
     notes = ["* Not over all runs.", MEANING] if marked else [MEANING]
@@ -171,7 +204,7 @@ def published_table(summary: pd.DataFrame, lines: Sequence[Line], dataset: str) 
     """The paper's means beside ours, with the difference; None if it has none for this data set."""
     published = published_means(dataset)
     rows = []
-    for metric in _headline(summary):
+    for metric in headline_metrics(summary):
         for line in lines:
             reference = published.get((metric, line.loss.casefold()))
             if reference is None:
@@ -222,7 +255,7 @@ def verdicts(summary: pd.DataFrame, lines: Sequence[Line], protocol: str = "last
         if line.baseline not in titles:
             continue
         parts = []
-        for metric in _headline(summary):
+        for metric in headline_metrics(summary):
             row = summary.loc[metric, protocol, line.variant]
             if math.isnan(row["diff"]):
                 parts.append(f"{metric_title(metric)} cannot be compared, as runs are missing")
@@ -235,7 +268,8 @@ def verdicts(summary: pd.DataFrame, lines: Sequence[Line], protocol: str = "last
     return sentences
 
 
-def _seeds(summary: pd.DataFrame) -> list[Any]:
+def seeds_of(summary: pd.DataFrame) -> list[Any]:
+    """The columns of `summarise` that are seeds."""
     return list(summary.columns[: list(summary.columns).index("count")])
 
 
@@ -244,7 +278,8 @@ def _rests_on(row: pd.Series) -> int:
     return int(row["count"] if pd.isna(row["base_count"]) else min(row["count"], row["base_count"]))
 
 
-def _headline(summary: pd.DataFrame) -> list[str]:
+def headline_metrics(summary: pd.DataFrame) -> list[str]:
+    """Those of the paper's three tables that were measured."""
     return [metric for metric in HEADLINE_METRICS if metric in summary.index.get_level_values("metric")]
 
 
@@ -297,7 +332,7 @@ def to_metrics(summary: pd.DataFrame, protocol: str = "last") -> dict[str, dict[
 
     `last` is the default because it is the honest one, chosen without the test set.
     """
-    expected = len(_seeds(summary))
+    expected = len(seeds_of(summary))
     metrics: dict[str, dict[str, dict[str, float]]] = {}
     for (metric, row_protocol, variant), row in summary.iterrows():
         if row_protocol != protocol or row["count"] < expected:
@@ -308,10 +343,21 @@ def to_metrics(summary: pd.DataFrame, protocol: str = "last") -> dict[str, dict[
     return metrics
 
 
-def to_document(summary: pd.DataFrame, lines: Sequence[Line], checks: Sequence[Check], dataset: str) -> str:
+def to_terminal(experiment: Experiment, protocol: str = "last") -> str:
+    """The paper's three tables and what they say."""
+    summary, lines = experiment.summary, experiment.lines
+    parts = [to_text(metric_table(summary, lines, metric, protocol)) for metric in headline_metrics(summary)]
+    parts += verdicts(summary, lines, protocol)
+    parts += [f"Note: {check.text}" for check in experiment.checks if not check.passed]
+    return "\n".join(parts) + "\n"
+
+
+def to_document(experiment: Experiment, dataset: str) -> str:
     """All tables as one Markdown page."""
-    parts = [f"# Results on {dataset}", "\n".join(f"- {'' if c.passed else '**Note:** '}{c.text}" for c in checks)]
-    for metric in _headline(summary):
+    summary, lines = experiment.summary, experiment.lines
+    notes = [f"- {'' if check.passed else '**Note:** '}{check.text}" for check in experiment.checks]
+    parts = [f"# Results on {dataset}", "\n".join(notes)]
+    for metric in headline_metrics(summary):
         parts.append(f"## {metric_title(metric)}")
         for protocol in PROTOCOLS:
             parts += [
@@ -342,7 +388,7 @@ def to_latex_document(summary: pd.DataFrame, lines: Sequence[Line], dataset: str
     tables = [
         to_latex(metric_table(summary, lines, metric, protocol), f"tab:{dataset}-{metric.replace('_', '-')}-{protocol}")
         for protocol in PROTOCOLS
-        for metric in _headline(summary)
+        for metric in headline_metrics(summary)
     ]
     tables += [
         to_latex(all_metrics_table(summary, lines, protocol), f"tab:{dataset}-all-{protocol}") for protocol in PROTOCOLS

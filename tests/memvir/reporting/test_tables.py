@@ -195,7 +195,7 @@ def test_documents_are_the_same_bytes_every_time():
         summary = tables.summarise(values(RUNS), LINES)
         checks = [results.Check(True, "fine")]
         return (
-            tables.to_document(summary, LINES, checks, "cars196"),
+            tables.to_document(tables.Experiment(LINES, {}, summary, checks), "cars196"),
             tables.to_latex_document(summary, LINES, "cars196"),
             tables.to_csv(summary, LINES),
         )
@@ -251,8 +251,8 @@ def test_checks_find_missing_runs_mixed_settings_lengths_and_environments(tmp_pa
         check.text for check in results.check_runs(results.read_results(paths), lines, [1, 2]) if not check.passed
     ]
     assert failed == [
-        "1 of 4 runs are missing: a/2.",
-        "The seeds of b were run with different settings; run `dvc repro`.",
+        "1 of 4 runs missing: a/2.",
+        "The seeds of b were run with different settings.",
         "Runs differ in length, from 6 to 9 epochs, which a difference may be due to.",
         "Not all runs were made alike; they differ in torch.",
     ]

@@ -1,0 +1,31 @@
+"""Retrieval pictures: what the first MemVir variant and its baseline find for the best, typical and worst queries."""
+
+from memvir.config import Params
+from memvir.datasets.index import read_index
+from memvir.reporting import neighbours
+from memvir.reporting.results import table_lines
+from stages import stage
+from stages.paths import images_folder, index_file, report_folder, run_folder
+
+
+@stage
+def main(params: Params, dataset: str) -> None:
+    lines = table_lines(params.recipe(dataset), params.variants)
+    pairs = [(line.baseline, line.variant) for line in lines if line.baseline in params.variants]
+    shown = pairs[0] if pairs else params.variants[:1]
+    embeddings = {
+        line.title: neighbours.read_embeddings(
+            run_folder(dataset, line.variant, params.seeds[0]) / "test_embeddings.npz"
+        )
+        for line in sorted(lines, key=lambda line: line.baseline is not None)
+        if line.variant in shown
+    }
+    index = read_index(index_file(dataset))
+    test = index[index["split"] == "test"]
+    queries, rankings = neighbours.rank(embeddings, test["class_id"].to_numpy())
+    stem = report_folder(dataset) / "neighbours"
+    neighbours.draw_neighbours(queries, rankings, test, images_folder(dataset), stem)
+
+
+if __name__ == "__main__":
+    main()
