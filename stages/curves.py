@@ -1,6 +1,7 @@
 """Curves of a data set's runs over epochs, and the growth of the virtual classes over steps."""
 
 from memvir.config import Params
+from memvir.files import write_text
 from memvir.reporting import curves
 from memvir.reporting.results import table_lines
 from stages import stage
@@ -13,9 +14,10 @@ def main(params: Params, dataset: str) -> None:
     runs = {(v, s): run_folder(dataset, v, s) for v in params.variants for s in params.seeds}
     histories = curves.read_tables({run: folder / "history.csv" for run, folder in runs.items()})
     growths = curves.read_tables({run: folder / "growth.csv" for run, folder in runs.items()})
-    folder = report_folder(dataset) / "curves"
-    curves.draw_curves(histories, lines, len(params.seeds), folder)
-    curves.draw_growth(growths, histories, lines, folder / "growth")
+    folder = report_folder(dataset)
+    write_text(folder / "curves.csv", curves.curves_csv(histories, lines))
+    curves.draw_curves(histories, lines, len(params.seeds), folder / "curves")
+    curves.draw_growth(growths, histories, lines, folder / "curves" / "growth")
 
 
 if __name__ == "__main__":

@@ -7,13 +7,13 @@ from typing import Any
 import pandas as pd
 from matplotlib.axes import Axes
 
-from memvir.files import write_text
 from memvir.reporting.figures import house_style, line_styles, new_figure, save_figure
 from memvir.reporting.results import Line
 from memvir.reporting.tables import HEADLINE_METRICS, metric_title
 
 BAND = "lines: mean over seeds; bands: ± one sample standard deviation"
 PER_CENT = 100.0
+CURVES = (*HEADLINE_METRICS, "loss")
 
 Histories = Mapping[tuple[str, int], pd.DataFrame]
 """(variant, seed) -> history.csv of a run that there is."""
@@ -38,26 +38,25 @@ def mean_curve(histories: Histories, variant: str, column: str) -> pd.DataFrame:
 
 
 def curves_csv(histories: Histories, lines: Sequence[Line]) -> str:
-    """The mean curves in long form: loss (its title), epoch, and a column per metric, in per cent."""
+    """The mean curves in long form: metric, loss, epoch, mean, std; metrics in per cent."""
     tables = []
-    for line in lines:
-        columns = [
-            mean_curve(histories, line.variant, column).set_index("epoch")["mean"].rename(column)
-            for column in ("loss", *HEADLINE_METRICS)
-        ]
-        table = pd.concat(columns, axis=1).rename(columns={"loss": "training_loss"}).sort_index()
-        tables.append(table.assign(variant=line.title).rename_axis("epoch").reset_index())
-    frame = pd.concat(tables)[["variant", "epoch", *HEADLINE_METRICS, "training_loss"]]
-    frame["epoch"] = frame["epoch"].astype(int)
+    for column in CURVES:
+        for line in lines:
+            curve = mean_curve(histories, line.variant, column).drop(columns="count")
+            tables.append(curve.assign(metric=_title(column), loss=line.title))
+    frame = pd.concat(tables)[["metric", "loss", "epoch", "mean", "std"]].astype({"epoch": int})
     return frame.to_csv(index=False, float_format="%.4f", lineterminator="\n")
 
 
 def draw_curves(histories: Histories, lines: Sequence[Line], num_seeds: int, folder: Path) -> None:
-    """folder/recall_at_1, rp, map and loss over epochs, each as .png and .svg, and folder/curves.csv."""
-    write_text(folder / "curves.csv", curves_csv(histories, lines))
+    """folder/recall_at_1, rp, map and loss over epochs, each as .png and .svg."""
     with house_style():
-        for column in (*HEADLINE_METRICS, "loss"):
+        for column in CURVES:
             _draw_curve(histories, lines, num_seeds, column, folder / column)
+
+
+def _title(column: str) -> str:
+    return "training loss" if column == "loss" else f"{metric_title(column)} (%)"
 
 
 def _draw_curve(histories: Histories, lines: Sequence[Line], num_seeds: int, column: str, stem: Path) -> None:
@@ -72,7 +71,7 @@ def _draw_curve(histories: Histories, lines: Sequence[Line], num_seeds: int, col
         _plot(close_up, late, lines, num_seeds)
         close_up.set_title("the last third")
         close_up.set_xlabel("epoch")
-        close_up.set_ylabel("training loss" if column == "loss" else f"{metric_title(column)} (%)")
+        close_up.set_ylabel(_title(column))
         close_up.margins(x=0.02)
     else:  # runs of different length have no last third in common
         axes = figure.subplots()
@@ -80,7 +79,7 @@ def _draw_curve(histories: Histories, lines: Sequence[Line], num_seeds: int, col
     axes.set_title("all epochs")
     axes.set_xlabel("epoch")
     axes.set_xlim(left=0)
-    axes.set_ylabel("training loss" if column == "loss" else f"{metric_title(column)} on the test classes (%)")
+    axes.set_ylabel(_title(column) if column == "loss" else f"{metric_title(column)} on the test classes (%)")
     title = f"{BAND}\nMemVir's loss runs over virtual classes too" if column == "loss" else BAND
     figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=2, title=title, title_fontsize=8)
     save_figure(figure, stem)

@@ -20,7 +20,7 @@ KINDS = ("best", "typical", "worst")
 # Inches; fixed places rather than a layout engine, so that rows line up across models.
 PICTURE, STEP, ROW = 0.88, 0.98, 1.5
 MARGIN, BLOCK_GAP, HEADER, FOOTER = 0.35, 0.25, 0.55, 0.3
-THUMBNAIL = 96  # pixels of the longer side: a report of photographs stays small
+THUMBNAIL = 80  # pixels of the longer side: a report of photographs stays small
 
 
 @dataclass(frozen=True)

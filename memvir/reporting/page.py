@@ -121,8 +121,6 @@ def describe_changes(current: Mapping[str, Any], previous: Mapping[str, Any] | N
     titles = {line.variant: line.title for line in lines}
     metric_rows = []
     for variant, metric in _pairs(current["metrics"], previous["metrics"]):
-        if metric not in tables.HEADLINE_METRICS:
-            continue
         after, before = (s["metrics"].get(variant, {}).get(metric, {}).get("mean") for s in (current, previous))
         if after != before:
             change = NOT_SET if None in (after, before) else f"{round(after - before, 2) + 0.0:+.2f}"

@@ -328,14 +328,15 @@ def to_csv(summary: pd.DataFrame, lines: Sequence[Line]) -> str:
 
 
 def to_metrics(summary: pd.DataFrame, protocol: str = "last") -> dict[str, dict[str, dict[str, float]]]:
-    """variant -> metric -> {mean, std, diff}: per cent, two decimals. What rests on a part of the runs is left out.
+    """variant -> metric -> {mean, std, diff} of the paper's three metrics: per cent, two decimals.
 
-    `last` is the default because it is the honest one, chosen without the test set.
+    What rests on a part of the runs is left out. `last` is the default because it is the honest one, chosen without
+    the test set. The other Recall@k are in the tables: `dvc metrics show` gives every value a column.
     """
     expected = len(seeds_of(summary))
     metrics: dict[str, dict[str, dict[str, float]]] = {}
     for (metric, row_protocol, variant), row in summary.iterrows():
-        if row_protocol != protocol or row["count"] < expected:
+        if row_protocol != protocol or metric not in HEADLINE_METRICS or row["count"] < expected:
             continue
         names = ("mean", "std") if _rests_on(row) < expected else ("mean", "std", "diff")
         values = {name: round(float(row[name]), 2) + 0.0 for name in names if not math.isnan(row[name])}

@@ -94,22 +94,23 @@ def test_a_run_that_stopped_early_ends_the_mean_instead_of_shifting_it():
     assert curves.mean_curve(histories, "plain", "rp")["epoch"].tolist() == [2, 4]
 
 
-def test_curves_come_as_pictures_and_as_a_table_with_the_same_bytes_every_time(tmp_path):
+def test_curves_are_the_same_bytes_every_time(tmp_path):
     for name in ("first", "second"):
         curves.draw_curves(HISTORIES, LINES[:2], 2, tmp_path / name)
         curves.draw_growth(GROWTHS, HISTORIES, LINES[:2], tmp_path / name / "growth")
     first = files_of(tmp_path / "first")
     names = [f"{stem}.{suffix}" for stem in ("growth", "loss", "map", "recall_at_1", "rp") for suffix in ("png", "svg")]
-    assert sorted(first) == sorted([*names, "curves.csv"])
+    assert sorted(first) == sorted(names)
     assert first == files_of(tmp_path / "second")
     for content in first.values():
         assert_no_dates(content)
-    rows = first["curves.csv"].decode().splitlines()
-    assert rows[:3] == [
-        "variant,epoch,recall_at_1,rp,map,training_loss",
-        "Norm-SoftMax,1,,,,4.9000",
-        "Norm-SoftMax,2,30.0000,30.0000,30.0000,4.7000",
-    ]
+
+
+def test_the_mean_curves_come_as_a_table_in_long_form():
+    rows = curves.curves_csv(HISTORIES, LINES[:2]).splitlines()
+    assert rows[:2] == ["metric,loss,epoch,mean,std", "Recall@1 (%),Norm-SoftMax,2,30.0000,14.1421"]
+    assert len(rows) == 1 + 3 * 2 * 4 + 2 * 8
+    assert rows[-1] == "training loss,MemVir + Norm-SoftMax,8,4.2000,"
 
 
 def test_runs_that_are_missing_or_differ_in_length_do_not_stop_the_curves(tmp_path):
