@@ -80,7 +80,8 @@ def _draw_curve(histories: Histories, lines: Sequence[Line], num_seeds: int, col
     axes.set_xlabel("epoch")
     axes.set_xlim(left=0)
     axes.set_ylabel(_title(column) if column == "loss" else f"{metric_title(column)} on the test classes (%)")
-    title = f"{BAND}\nMemVir's loss runs over virtual classes too" if column == "loss" else BAND
+    title = BAND if num_seeds > 1 else "one seed"
+    title += "\nMemVir's loss runs over virtual classes too" if column == "loss" else ""
     figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=2, title=title, title_fontsize=8)
     save_figure(figure, stem)
 

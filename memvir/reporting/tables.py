@@ -260,7 +260,7 @@ def verdicts(summary: pd.DataFrame, lines: Sequence[Line], protocol: str = "last
             if math.isnan(row["diff"]):
                 parts.append(f"{metric_title(metric)} cannot be compared, as runs are missing")
             elif math.isnan(row["low"]):
-                parts.append(f"{metric_title(metric)} {_signed(row['diff'])}, by too few runs to judge")
+                parts.append(f"{metric_title(metric)} {_signed(row['diff'])} (too few runs to judge)")
             else:
                 clear = "higher" if row["low"] > 0 else "lower" if row["high"] < 0 else "no clear difference"
                 parts.append(f"{metric_title(metric)} {_signed(row['diff'])} ({clear})")
