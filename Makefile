@@ -14,7 +14,7 @@ ifdef JOBS
 else
 	dvc repro
 endif
-	@python -m stages.report --print
+	@python -m stages.show
 
 # DVC wants a git clone; a downloaded archive does as well once it is told
 .dvc/config.local: | $(VENV)/.installed

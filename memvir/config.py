@@ -360,6 +360,21 @@ class Runtime(Section):
     """Memory format of the images and convolutions on a GPU."""
 
 
+class Reporting(Section):
+    """How figures are made. Changing it re-trains nothing."""
+
+    tsne_perplexity: Annotated[float, Field(ge=2, le=1000)] = 30.0
+    """About how many neighbours a point of the t-SNE figure keeps near."""
+    tsne_points: Annotated[int, Field(ge=10, le=20_000)] = 1000
+    """At most so many embeddings a panel; every class weight is shown besides."""
+    tsne_seed: Seed = 0
+    """Seed of the t-SNE figure and of the choice of its points."""
+    queries: Annotated[int, Field(ge=1, le=20)] = 2
+    """Retrieval pictures: queries of each kind (best, typical, worst)."""
+    neighbours: Annotated[int, Field(ge=1, le=20)] = 5
+    """Nearest images shown for a query."""
+
+
 class Run(Section):
     """One training run: the recipe with the variant's own settings applied."""
 
@@ -388,6 +403,7 @@ class Params(Section):
     seeds: Annotated[list[Seed], Field(min_length=1)]
     """One run per variant and seed."""
     runtime: Runtime = Runtime()
+    reporting: Reporting = Reporting()
     recipes: dict[Name, Recipe]
     """Every other top-level key of params.yaml, by name."""
 
@@ -421,7 +437,7 @@ class Params(Section):
         )
 
 
-SECTIONS = ("datasets", "variants", "seeds", "runtime")
+SECTIONS = ("datasets", "variants", "seeds", "runtime", "reporting")
 
 
 def load_params(path: Path | str = "params.yaml") -> Params:
@@ -524,6 +540,9 @@ def _one_line(error: ValidationError, raw: Any, prefix: str) -> str:
     key = ".".join(keys) or "params"
     if first["type"] == "extra_forbidden":
         return f"{key}: unknown key{_suggest(str(first['loc'][-1]), _field_names())}"
+    if first["type"] == "union_tag_invalid":
+        tag, choices = (first["ctx"][name].replace("'", "") for name in ("discriminator", "expected_tags"))
+        return f"{key}.{tag}: expected one of {choices}, found {_describe(first['input'].get(tag))}"
     if first["type"] == "missing":
         return f"{key}: missing"
     message = first["msg"].removeprefix("Value error, ")

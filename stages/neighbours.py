@@ -22,7 +22,12 @@ def main(params: Params, dataset: str) -> None:
     }
     index = read_index(index_file(dataset))
     test = index[index["split"] == "test"]
-    queries, rankings = neighbours.rank(embeddings, test["class_id"].to_numpy())
+    queries, rankings = neighbours.rank(
+        embeddings,
+        test["class_id"].to_numpy(),
+        per_kind=params.reporting.queries,
+        num_neighbours=params.reporting.neighbours,
+    )
     stem = report_folder(dataset) / "neighbours"
     neighbours.draw_neighbours(queries, rankings, test, images_folder(dataset), stem)
 

@@ -11,7 +11,14 @@ VARIANT, SEED = "tsne", 1  # the run that dvc.yaml's stage train_tsne makes
 @stage
 def main(params: Params, dataset: str) -> None:
     snapshots = tsne.read_snapshots(run_folder(dataset, VARIANT, SEED) / "snapshots")
-    tsne.draw_tsne(snapshots, report_folder(dataset) / "tsne")
+    settings = params.reporting
+    tsne.draw_tsne(
+        snapshots,
+        report_folder(dataset) / "tsne",
+        perplexity=settings.tsne_perplexity,
+        max_points=settings.tsne_points,
+        seed=settings.tsne_seed,
+    )
 
 
 if __name__ == "__main__":

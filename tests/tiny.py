@@ -69,5 +69,6 @@ def params(**training: Any) -> dict[str, Any]:
         "variants": ["norm_softmax", "memvir_norm_softmax"],
         "seeds": [1, 2],
         "runtime": {"progress": "none", "device": "cpu"},
+        "reporting": {"tsne_perplexity": 5.0},
         "tiny": recipe(**training),
     }

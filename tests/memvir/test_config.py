@@ -87,7 +87,11 @@ def test_every_spelling_of_a_loss_is_accepted(spelling):
         ("tiny.training.optimizer.lr", float("nan"), r"^tiny\.training\.optimizer\.lr: .*finite"),
         ("tiny.training.optimizer.lr", -1, r"^tiny\.training\.optimizer\.lr: "),
         ("tiny.data", {"source": "glyphs"}, r"^tiny\.data\.images_per_class: missing"),
-        ("tiny.data", {"source": "nowhere"}, r"^tiny\.data: .*'nowhere'"),
+        (
+            "tiny.data",
+            {"source": "nowhere"},
+            r"^tiny\.data\.source: expected one of glyphs, cars196, folder, found 'nowhere'",
+        ),
         ("tiny.images.mean", [1, 2, 3], r"^tiny\.images: mean needs 1"),
         ("tiny.images.train.scale", [1.1, 0.9], r"^tiny\.images\.train\.scale: .*wrong way round"),
         (
