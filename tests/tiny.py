@@ -69,6 +69,6 @@ def params(**training: Any) -> dict[str, Any]:
         "variants": ["norm_softmax", "memvir_norm_softmax"],
         "seeds": [1, 2],
         "runtime": {"progress": "none", "device": "cpu"},
-        "reporting": {"tsne_perplexity": 5.0},
+        "reporting": {"tsne_perplexity": 5.0, "tsne_points": 100, "tsne_seed": 0, "queries": 1, "neighbours": 3},
         "tiny": recipe(**training),
     }
