@@ -351,7 +351,7 @@ class Runtime(Section):
     processes: Annotated[int, Field(ge=1, le=1024)] = 1
     """GPUs of one run, each with a share of every batch. Changes results in the last digits."""
     deterministic: bool = True
-    """Only deterministic GPU kernels: bit-identical runs, a few per cent slower."""
+    """Only deterministic GPU kernels: bit-identical runs, at a cost in speed that depends on GPU and network."""
     tf32: bool = False
     """Allow TF32 on GPUs: faster matrix products with 10-bit mantissas. Changes results in the last digits."""
     compile: bool = False
