@@ -43,6 +43,12 @@ def log_folder(dataset: str, variant: str, seed: int) -> Path:
     return Path("logs") / dataset / variant / str(seed)
 
 
+def checkpoint_files(params: Params, dataset: str, variant: str, seed: int) -> list[Path]:
+    """What an unfinished run is continued from."""
+    folder = Path(params.runtime.scratch) / "checkpoints" / dataset / variant
+    return [folder / f"{seed}.pt", folder / f"{seed}.previous.pt"]
+
+
 def result_file(dataset: str, variant: str, seed: int) -> Path:
     return Path("results") / dataset / variant / f"{seed}.json"
 

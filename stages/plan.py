@@ -1,11 +1,16 @@
-"""Which runs are out of date, and in what order they may run: asked of DVC, without Ray."""
+"""Which runs are out of date, in what order they may run, and what DVC is told of them; without Ray."""
 
 import shlex
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from graphlib import TopologicalSorter
 from pathlib import PurePosixPath
+from typing import TYPE_CHECKING
 
 from memvir.config import Params
+
+if TYPE_CHECKING:
+    from dvc.stage import Stage as DVCStage
 
 PARALLEL = ("train", "train_tsne", "evaluate")  # the stages of dvc.yaml that a sweep runs side by side
 
@@ -19,6 +24,8 @@ class Stage:
     command: str
     deps: frozenset[str]
     outs: frozenset[str]
+    inputs: Mapping[str, str] = field(default_factory=dict)
+    """The present hashes of those deps that no parallel stage makes: settings, code, data."""
 
     @property
     def group(self) -> str:
@@ -47,23 +54,22 @@ def plan(stages: Sequence[Stage], out_of_date: Iterable[str], params: Params) ->
 
     A job stands behind those that it waits for.
     """
-    candidates = [stage for stage in stages if stage.group in PARALLEL]
+    candidates = {stage.name: stage for stage in stages if stage.group in PARALLEL}
+    makes = {out: name for name, stage in candidates.items() for out in stage.outs}
+    reads = {
+        name: {makes[path] for dep in stage.deps for path in (dep, *_folders(dep)) if path in makes} - {name}
+        for name, stage in candidates.items()
+    }
     changed = set(out_of_date)
     jobs: dict[str, Job] = {}
-    grown = True
-    while grown:  # a chain of dependent stages takes a round per link
-        grown = False
-        for stage in candidates:
-            if stage.name in jobs:
-                continue
-            after = [job.stage.name for job in jobs.values() if _reads(stage, job.stage)]
-            if stage.name in changed or after:
-                jobs[stage.name] = Job(stage)
-                grown = True
-    for name, job in jobs.items():
-        after = [other.stage.name for other in jobs.values() if _reads(job.stage, other.stage)]
-        jobs[name] = Job(job.stage, after)
-    return sorted(jobs.values(), key=lambda job: (bool(job.after), -_epochs(job.stage, params)))
+    for name in TopologicalSorter(reads).static_order():
+        after = sorted(reads[name] & jobs.keys())
+        if name in changed or after:
+            jobs[name] = Job(candidates[name], after)
+    return sorted(
+        (jobs[name] for name in candidates if name in jobs),
+        key=lambda job: (bool(job.after), -_epochs(job.stage, params)),
+    )
 
 
 def ask_dvc() -> tuple[list[Stage], list[str]]:
@@ -71,26 +77,61 @@ def ask_dvc() -> tuple[list[Stage], list[str]]:
     from dvc.repo import Repo
 
     with Repo() as repo:
+        out_of_date = list(repo.status())
+        parallel = [stage for stage in repo.index.stages if stage.addressing.split("@")[0] in PARALLEL]
+        made = {str(out) for stage in parallel for out in stage.outs}
+        inputs = {
+            stage.addressing: {dep: value for dep, value in _hashes(stage).items() if dep not in made}
+            for stage in parallel
+        }
         stages = [
             Stage(
                 stage.addressing,
                 stage.cmd,
                 frozenset(str(dep) for dep in stage.deps),
                 frozenset(str(out) for out in stage.outs),
+                inputs.get(stage.addressing, {}),
             )
             for stage in repo.index.stages
         ]
-        return stages, list(repo.status())
+    return stages, out_of_date
 
 
-def _reads(reader: Stage, writer: Stage) -> bool:
-    """Whether one stage depends on what another makes: the same path, or one within the other."""
-    if reader is writer:
-        return False
-    if reader.deps & writer.outs:
-        return True
-    folders = {str(parent) for dep in reader.deps for parent in PurePosixPath(dep).parents}
-    return bool(folders & writer.outs)
+def tell_dvc(done: Sequence[Stage]) -> dict[str, list[str]]:
+    """Record that these stages ran, as `dvc commit --force` does, but with one pass over dvc.lock for all of them.
+
+    (The command parses and writes that file once per stage: minutes for hundreds.) A stage whose settings, code or data
+    are not those that `ask_dvc` saw is not recorded, since nobody knows which of the two it ran with: such stages are
+    returned, with the inputs that changed.
+    """
+    from dvc.repo import Repo, lock_repo
+
+    before = {stage.name: stage.inputs for stage in done}
+    changed: dict[str, list[str]] = {}
+    with Repo() as repo, lock_repo(repo):
+        recorded = []
+        for stage in repo.index.stages:
+            if (inputs := before.get(stage.addressing)) is None:
+                continue
+            now = _hashes(stage)
+            if differing := [dep for dep, value in inputs.items() if now.get(dep) != value]:
+                changed[stage.addressing] = differing
+                continue
+            stage.save()
+            stage.commit()
+            recorded.append(stage)
+        if recorded:
+            recorded[0].dvcfile.dump_stages(recorded, update_pipeline=False)
+    return changed
+
+
+def _hashes(stage: "DVCStage") -> dict[str, str]:
+    stage.save_deps(allow_missing=True)
+    return {str(dep): str(dep.hash_info) for dep in stage.deps}
+
+
+def _folders(path: str) -> list[str]:
+    return [str(parent) for parent in PurePosixPath(path).parents]
 
 
 def _epochs(stage: Stage, params: Params) -> int:

@@ -23,11 +23,11 @@ from typing import Any
 from memvir.config import Params, load_params
 from memvir.errors import UserError
 from memvir.files import write_text
-from stages import describe
-from stages.plan import Job, ask_dvc, plan
+from stages import describe, paths
+from stages.plan import Job, Stage, ask_dvc, plan, tell_dvc
 
 UPSTREAM = ("download", "prepare", "weights")
-COMMIT_EVERY = 60.0  # seconds; a `dvc commit` takes about one, whatever the number of stages
+RECORDING_SHARE = 0.05  # of the time at most goes into telling DVC what is done: 0.5 s for few stages, 30 s for 400
 
 
 def main() -> None:
@@ -69,8 +69,9 @@ def run_all(planned: Sequence[Job], params: Params, jobs: int | None, address: s
     room = ray.cluster_resources()
     workspace = cluster.Workspace(Path.cwd(), uuid.uuid4().hex)
     write_text(workspace.root / cluster.TOKEN, workspace.token)
-    inputs = ray.put(cluster.pack(workspace.root, shipped(planned)) if address else None)
-    lines = cluster.Lines.remote()  # type: ignore[attr-defined]
+    all_here = all(cluster.on_every_node(cluster.sees_folder, workspace))
+    inputs = ray.put(None if all_here else cluster.pack(workspace.root, shipped(planned)))
+    home = cluster.open_home(workspace.root)
     tasks: dict[str, ray.ObjectRef] = {}
     for job in planned:
         stage = job.stage
@@ -81,27 +82,25 @@ def run_all(planned: Sequence[Job], params: Params, jobs: int | None, address: s
                 f"there are {room.get('CPU', 0):g} and {room.get('GPU', 0):g}; ask for less or use a larger machine"
             )
         run_stage = cluster.run_stage.options(name=stage.name, num_cpus=needs.cpus, num_gpus=needs.gpus)
+        work = cluster.Work(stage.name, stage.run, stage.command, made_by_others(stage), left_behind(stage, params))
         before = [tasks[name] for name in job.after]
-        outs = sorted(stage.outs)
-        tasks[stage.name] = run_stage.remote(
-            stage.name, stage.run, stage.command, outs, workspace, inputs, lines, *before
-        )
-    done: list[str] = []
+        tasks[stage.name] = run_stage.remote(work, workspace, inputs, home, *before)
+    done: list[Stage] = []
     failures = 0
     display = Display(planned)
-    last_commit = time.monotonic()
+    next_record = 0.0
     try:
-        for outcome in finished(tasks, display, lines):
+        for outcome in finished(tasks, display, home):
             if outcome.code:
                 failures += 1
                 display.say(f"{outcome.stage} failed: {outcome.message}")
                 continue
-            if outcome.outputs is not None:
-                cluster.unpack(outcome.outputs, workspace.root)
-            done.append(outcome.stage)
-            if time.monotonic() - last_commit > COMMIT_EVERY:
-                commit(done)
-                last_commit = time.monotonic()
+            done.append(display.stages[outcome.stage])
+            started = time.monotonic()
+            if started >= next_record:
+                failures += record(done, display)
+                ended = time.monotonic()
+                next_record = ended + (ended - started) / RECORDING_SHARE
     except KeyboardInterrupt:
         display.say("stopping: every run saves a checkpoint")
         for task in tasks.values():
@@ -111,7 +110,9 @@ def run_all(planned: Sequence[Job], params: Params, jobs: int | None, address: s
         return 130
     finally:
         display.close()
-        commit(done)
+        failures += record(done, display)
+        if not all_here:
+            cluster.on_every_node(cluster.remove_copy, workspace)
         (workspace.root / cluster.TOKEN).unlink(missing_ok=True)
         ray.shutdown()
     if failures:
@@ -119,7 +120,16 @@ def run_all(planned: Sequence[Job], params: Params, jobs: int | None, address: s
     return min(failures, 1)
 
 
-def finished(tasks: dict, display: "Display", lines: Any) -> Iterator:
+def record(done: list[Stage], display: "Display") -> int:
+    """Tell DVC what is done, and empty the list; the number of stages that have to run again."""
+    changed = tell_dvc(done) if done else {}
+    for stage, inputs in changed.items():
+        display.say(f"{stage} is not recorded: {', '.join(inputs)} changed while it ran; run the same command again")
+    done.clear()
+    return len(changed)
+
+
+def finished(tasks: dict, display: "Display", home: Any) -> Iterator:
     """The outcomes of the tasks as they end, showing the lines that the runs print meanwhile."""
     import ray
 
@@ -128,7 +138,7 @@ def finished(tasks: dict, display: "Display", lines: Any) -> Iterator:
     waiting = {task: name for name, task in tasks.items()}
     while waiting:
         ready, _ = ray.wait(list(waiting), timeout=0.5)
-        for run, line in ray.get(lines.take.remote()):
+        for run, line in ray.get(home.take_lines.remote()):
             display.line(run, line)
         for task in ready:
             name = waiting.pop(task)
@@ -141,17 +151,21 @@ def finished(tasks: dict, display: "Display", lines: Any) -> Iterator:
 
 
 def shipped(planned: Sequence[Job]) -> list[str]:
-    """What a node without the shared folder needs: code, settings, and the data sets of the jobs."""
+    """What every job on a node without the shared folder needs: code, settings, and the data sets."""
     datasets = {job.stage.option("dataset") for job in planned}
     data = [f"dataset/{name}/{part}" for name in sorted(datasets) for part in ("index.csv", "images", "weights")]
-    runs = [out for job in planned for out in sorted(job.stage.deps) if out.startswith("runs/") and not job.after]
-    return ["params.yaml", "memvir", "stages", *data, *runs]
+    return ["params.yaml", "memvir", "stages", *data]
 
 
-def commit(done: list[str]) -> None:
-    """Tell DVC that these stages' outputs belong to the present inputs."""
-    if done and dvc("commit", "--force", "--quiet", *done) == 0:
-        done.clear()
+def made_by_others(stage: Stage) -> list[str]:
+    return sorted(stage.deps - stage.inputs.keys())
+
+
+def left_behind(stage: Stage, params: Params) -> list[str]:
+    """What a stage makes, its logs and, if it is interrupted, its checkpoint."""
+    run = stage.option("dataset"), stage.option("variant"), int(stage.option("seed"))
+    private = [paths.log_folder(*run), *paths.checkpoint_files(params, *run)] if stage.group != "evaluate" else []
+    return [*sorted(stage.outs), *(str(path) for path in private if not path.is_absolute())]
 
 
 def dvc(*arguments: str) -> int:
@@ -180,10 +194,10 @@ class Display:
         match = re.search(r"epoch (\d+/\d+): loss ([\d.]+), Recall@1 ([\d.]+%), .*, (\S+) left", text)
         if match:
             self.rows[run] = match.groups()
+        if not match or not self.live:
+            self.say(text if run in text else f"{run}: {text}")
         if self.live:
             self.live.update(self._table())
-        else:
-            print(text if match else f"{run}: {text}", file=sys.stderr, flush=True)
 
     def ended(self, stage: str, code: int) -> None:
         self.done += 1
@@ -191,10 +205,10 @@ class Display:
         if self.live:
             self.live.update(self._table())
         elif not code:
-            print(f"{stage} done ({self.done} of {self.total})", file=sys.stderr, flush=True)
+            self.say(f"{stage} done ({self.done} of {self.total})")
 
     def say(self, text: str) -> None:
-        self.console.print(text, markup=False, highlight=False)
+        self.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     def close(self) -> None:
         if self.live:
