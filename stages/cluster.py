@@ -121,8 +121,7 @@ def run_stage(
     away = folder != workspace.root
     if away:
         carried = [*work.reads, *work.leaves]
-        archive: bytes = ray.get(home.fetch.remote(carried))
-        replace(carried, archive, folder)
+        replace(carried, ray.get(home.fetch.remote(carried)), folder)  # type: ignore[arg-type]  # an actor has no types
     node = ray.get_runtime_context().get_node_id()[:6]
     home.put_line.remote(work.run, f"{work.stage.split('@')[0]} on {socket.gethostname()} ({node})")
     _, *arguments = shlex.split(work.command)  # "python" stands for the interpreter of this node

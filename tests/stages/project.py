@@ -30,12 +30,23 @@ class Project:
     def write_params(self, params: dict[str, Any]) -> None:
         (self.folder / "params.yaml").write_text(json.dumps(params, indent=1))
 
-    def run(self, *command: str) -> subprocess.CompletedProcess[str]:
-        """python -m COMMAND in the project."""
+    def start(self, *command: str) -> subprocess.Popen[str]:
+        """python -m COMMAND in the project, its output and errors in one pipe."""
         environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
-        return subprocess.run(
-            [sys.executable, "-m", *command], cwd=self.folder, env=environment, capture_output=True, text=True
+        return subprocess.Popen(
+            [sys.executable, "-m", *command],
+            cwd=self.folder,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
         )
+
+    def run(self, *command: str) -> subprocess.CompletedProcess[str]:
+        """The same, to its end."""
+        process = self.start(*command)
+        output, _ = process.communicate()
+        return subprocess.CompletedProcess(process.args, process.returncode, output)
 
     def outputs(self, *folders: str) -> dict[str, bytes]:
         files = [p for folder in folders for p in sorted((self.folder / folder).rglob("*")) if p.is_file()]
@@ -43,8 +54,8 @@ class Project:
 
 
 def params() -> dict[str, Any]:
-    """Two variants and one seed, and the run for the t-SNE figure."""
-    content = tiny.params()
+    """Two variants and one seed, and the run for the t-SNE figure; long enough to be interrupted."""
+    content = tiny.params(epochs=120)
     content["seeds"] = [1]
     variants = content["tiny"]["variants"]
     variants["tsne"] = {**variants["memvir_norm_softmax"], "training": {"epochs": 4}, "snapshots": [1, 2, 4]}

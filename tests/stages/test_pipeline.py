@@ -2,18 +2,31 @@
 
 import importlib.util
 import json
+import shutil
+import signal
 
 import pytest
 
 from tests.stages.project import Project, params
+
+needs_ray = pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="a sweep needs Ray")
+if importlib.util.find_spec("ray"):
+    from tests.stages.ray_cluster import Cluster, can_hide, wait_for
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     project = Project(tmp_path_factory.mktemp("sequential") / "project", params())
     outcome = project.run("dvc", "repro")
-    assert outcome.returncode == 0, outcome.stdout + outcome.stderr
+    assert outcome.returncode == 0, outcome.stdout
     return project
+
+
+def patient() -> dict:
+    """The same numbers, with lines to wait for and checkpoints to continue from."""
+    content = params()
+    content["runtime"] |= {"progress": "plain", "checkpoint_epochs": 5}
+    return content
 
 
 def stages_run(output: str) -> list[str]:
@@ -49,13 +62,65 @@ def test_what_changes_runs_again_and_nothing_else(finished):
     assert finished.outputs("runs/tiny/memvir_norm_softmax", "results/tiny/memvir_norm_softmax") == before
 
 
-@pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="a sweep needs Ray")
+@needs_ray
 def test_a_sweep_leaves_the_bytes_of_a_sequential_repro_and_nothing_to_do(finished, tmp_path):
     project = Project(tmp_path / "project", params())
     outcome = project.run("stages.sweep", "--jobs", "2")
-    assert outcome.returncode == 0, outcome.stdout + outcome.stderr
-    assert "epoch 6/6" not in outcome.stderr  # progress: none
-    assert "(5 of 5)" in outcome.stderr
+    assert outcome.returncode == 0, outcome.stdout
+    assert "epoch 120/120" not in outcome.stdout  # progress: none
+    assert "(5 of 5)" in outcome.stdout
     folders = ("results", "reports", "runs")
     assert project.outputs(*folders) == finished.outputs(*folders)
     assert stages_run(project.run("dvc", "repro").stdout) == []
+
+
+@needs_ray
+def test_what_fails_is_named_and_the_rest_is_done(tmp_path):
+    project = Project(tmp_path / "project", params())
+    in_the_way = project.folder / "scratch" / "checkpoints" / "tiny" / "memvir_norm_softmax"
+    in_the_way.parent.mkdir(parents=True)
+    in_the_way.write_text("a file where a folder should be")
+    outcome = project.run("stages.sweep", "--jobs", "2")
+    assert outcome.returncode == 1
+    lines = outcome.stdout.splitlines()
+    assert any(line.startswith("train@tiny-memvir_norm_softmax-1 failed: error: ") for line in lines)
+    assert any(line.startswith("evaluate@tiny-memvir_norm_softmax-1 failed: not run, since train@") for line in lines)
+    assert lines[-1] == "2 of 5 stages failed; the others are done"
+    assert set(project.outputs("results")) == {"results/tiny/norm_softmax/1.json"}
+    out_of_date = project.run("stages.sweep", "--plan").stdout
+    assert "tiny-memvir_norm_softmax-1" in out_of_date and "tiny-norm_softmax-1" not in out_of_date
+
+
+@needs_ray
+def test_ctrl_c_saves_every_run_and_the_same_command_continues(finished, tmp_path):
+    project = Project(tmp_path / "project", patient())
+    sweep = project.start("stages.sweep", "--jobs", "2")
+    wait_for(sweep, "epoch 10/120")
+    sweep.send_signal(signal.SIGINT)
+    output, _ = sweep.communicate()
+    assert sweep.returncode == 130 and "stopped; run the same command again to continue" in output, output
+    outcome = project.run("stages.sweep", "--jobs", "2")
+    assert outcome.returncode == 0 and "continuing at epoch" in outcome.stdout, outcome.stdout
+    assert project.outputs("results", "reports", "runs") == finished.outputs("results", "reports", "runs")
+
+
+@needs_ray
+def test_a_cluster_whose_node_dies_leaves_the_same_bytes_and_so_does_one_without_the_folder(finished, tmp_path):
+    folders = ("results", "reports", "runs")
+    project = Project(tmp_path / "project", patient())
+    with Cluster() as cluster:
+        second = cluster.add_node()
+        sweep = project.start("stages.sweep", "--address", cluster.address)
+        wait_for(sweep, "train on", "train on", "epoch 10/120")
+        cluster.kill(second)
+        output, _ = sweep.communicate()
+        assert sweep.returncode == 0 and "continuing at epoch" in output, output
+        assert project.outputs(*folders) == finished.outputs(*folders)
+
+        if can_hide():
+            shutil.rmtree(project.folder / "runs")
+            shutil.rmtree(project.folder / "results")
+            cluster.add_node(hide=project.folder)
+            outcome = project.run("stages.sweep", "--address", cluster.address)
+            assert outcome.returncode == 0, outcome.stdout
+            assert project.outputs(*folders) == finished.outputs(*folders)
