@@ -24,6 +24,8 @@ import ray
 from filelock import FileLock
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from memvir.errors import UserError
+
 TOKEN = Path("scratch") / "sweep-token"  # a node that can read this sweep's token works in the folder itself
 DELIVER_EVERY = 60.0  # seconds, at most, between the checkpoints that a node without the folder sends home
 
@@ -223,14 +225,15 @@ def _die_with_parent() -> None:
 
 
 def connect(address: str | None, cpus: int | None) -> None:
-    """Join the cluster at `address`, or start Ray on this machine alone with so many cores."""
+    """Join the cluster at `address`, or start Ray on this machine alone with so many cores.
+
+    Raises UserError if no cluster answers there.
+    """
     # by value: a node without the folder has no module `stages` to import
     ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    if address:
-        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
-    else:
+    if address is None:
         ray.init(
             num_cpus=cpus,
             include_dashboard=False,
@@ -238,6 +241,14 @@ def connect(address: str | None, cpus: int | None) -> None:
             logging_level=logging.ERROR,
             _node_ip_address="127.0.0.1",
         )
+        return
+    try:
+        if ":" in address:  # Ray itself would try for minutes
+            host, port = address.rsplit(":", 1)
+            socket.create_connection((host, int(port)), timeout=10).close()
+        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise UserError(f"--address {address}: no Ray cluster answers there ({' '.join(str(error).split())})") from None
 
 
 def _on(node: str) -> NodeAffinitySchedulingStrategy:

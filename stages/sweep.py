@@ -32,8 +32,9 @@ RECORDING_SHARE = 0.05  # of the time at most goes into telling DVC what is done
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--jobs", type=int, help="runs at a time on this machine; default: as many as fit")
-    parser.add_argument("--address", help="a Ray cluster's address, such as auto or ray-head:6379")
+    where = parser.add_mutually_exclusive_group()
+    where.add_argument("--jobs", type=int, help="runs at a time on this machine; default: as many as fit")
+    where.add_argument("--address", help="a Ray cluster's address, such as auto or ray-head:6379")
     parser.add_argument("--plan", action="store_true", help="print what would run, and stop")
     options = parser.parse_args()
     try:

@@ -2,8 +2,11 @@
 
 import importlib.util
 import json
+import re
 import shutil
 import signal
+import tempfile
+from pathlib import Path
 
 import pytest
 
@@ -121,6 +124,14 @@ def test_a_cluster_whose_node_dies_leaves_the_same_bytes_and_so_does_one_without
             shutil.rmtree(project.folder / "runs")
             shutil.rmtree(project.folder / "results")
             cluster.add_node(hide=project.folder)
+            sweep = project.start("stages.sweep", "--address", cluster.address)
+            wait_for(sweep, "train on", "train on", "epoch 10/120", "epoch 20/120")
+            sweep.send_signal(signal.SIGINT)
+            output, _ = sweep.communicate()
+            assert sweep.returncode == 130, output
+            assert len(list((project.folder / "scratch" / "checkpoints").rglob("1.pt"))) == 2  # one came from away
             outcome = project.run("stages.sweep", "--address", cluster.address)
             assert outcome.returncode == 0, outcome.stdout
+            assert len(set(re.findall(r"train\w* on \S+ \((\w+)\)", outcome.stdout))) == 2
             assert project.outputs(*folders) == finished.outputs(*folders)
+            assert not list(Path(tempfile.gettempdir()).glob("memvir-*"))
