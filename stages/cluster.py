@@ -235,6 +235,7 @@ def connect(address: str | None, cpus: int | None) -> None:
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     if address is None:
         ray.init(
+            address="local",  # even if this machine belongs to a cluster
             num_cpus=cpus,
             include_dashboard=False,
             log_to_driver=False,

@@ -9,12 +9,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from memvir.config import Params, Run, Runtime, load_params, parse_params
 from memvir.data import TestImages
 from memvir.memory import MemVir
 from memvir.training import Trainer, TrainingData
 from tests import tiny
+from tests.forked import forked
 
 ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
@@ -127,6 +129,30 @@ def test_a_training_step_of_every_variant_runs_without_numbers(run):
     assert loss.shape == () and loss.device == meta
     if isinstance(trainer.loss, MemVir) and size < 100:
         assert trainer.loss.num_virtual_classes == 98
+
+
+@pytest.mark.parametrize("variant", ["norm_softmax", "memvir_norm_softmax", "proxy_nca", "memvir_proxy_nca"])
+@forked
+def test_a_training_step_of_the_papers_size_runs_in_mixed_precision_without_numbers(variant, monkeypatch):
+    """The meta device knows no autocast; fake tensors do, and a host synchronisation is an error to them as well."""
+    run = load_params(ROOT / "params.yaml").run("cars196", variant, 1)
+    model, training = run.model.model_copy(update={"pretrained": "none"}), run.training
+    memvir = run.memvir.model_copy(update={"step_gap": 1}) if run.memvir else None
+    training = training.model_copy(update={"precision": "bf16"})
+    run = run.model_copy(update={"model": model, "memvir": memvir, "training": training})
+    monkeypatch.setattr(torch.nn.Module, "to", lambda module, *_, **__: module)  # fake tensors are where they are
+    with FakeTensorMode():
+        trainer = make_trainer(run, classes=98, per_class=2)
+        trainer.embedder.train()
+        images, labels = torch.empty(128, 3, 224, 224), torch.empty(128, dtype=torch.long)
+        seen = []
+        trainer.embedder.backbone.register_forward_hook(lambda *call: seen.append(call[-1].dtype))
+        for _ in range(3):
+            loss = trainer.train_step(images, labels, 128)
+    if memvir:
+        assert trainer.loss.num_virtual_classes == 98
+    assert loss.shape == () and loss.dtype == torch.float32
+    assert set(seen) == {torch.bfloat16}
 
 
 @pytest.mark.parametrize("variant", ["norm_softmax", "memvir_norm_softmax", "proxy_nca", "memvir_proxy_nca"])

@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,12 @@ from tests import tiny
 ROOT = Path(__file__).parents[2]
 
 
+@dataclass(frozen=True)
 class Project:
-    def __init__(self, folder: Path, params: dict[str, Any]) -> None:
-        self.folder = folder
+    folder: Path
+
+    @classmethod
+    def create(cls, folder: Path, params: dict[str, Any]) -> "Project":
         folder.mkdir()
         for name in ("dvc.yaml", ".dvcignore", ".gitignore"):
             shutil.copy(ROOT / name, folder / name)
@@ -24,8 +28,17 @@ class Project:
         (folder / ".dvc").mkdir()
         shutil.copy(ROOT / ".dvc" / "config", folder / ".dvc" / "config")
         subprocess.run(["git", "init", "-q", "."], cwd=folder, check=True)
-        self.write_params(params)
         tiny.write_images(folder / "dataset" / "tiny" / "source")
+        project = cls(folder)
+        project.write_params(params)
+        return project
+
+    def untrained_copy(self, folder: Path) -> "Project":
+        """Another one like it, in which every run is to be made again."""
+        shutil.copytree(self.folder, folder)
+        for made in ("runs", "results", "logs", "scratch"):
+            shutil.rmtree(folder / made)
+        return Project(folder)
 
     def write_params(self, params: dict[str, Any]) -> None:
         (self.folder / "params.yaml").write_text(json.dumps(params, indent=1))

@@ -5,7 +5,7 @@ import tarfile
 
 import pytest
 
-cluster = pytest.importorskip("stages.cluster", reason="a sweep needs Ray")
+from stages import cluster
 
 
 @pytest.fixture

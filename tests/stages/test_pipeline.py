@@ -1,7 +1,7 @@
 """The whole pipeline as DVC runs it, one after another and side by side."""
 
-import importlib.util
 import json
+import os
 import re
 import shutil
 import signal
@@ -9,19 +9,26 @@ import tempfile
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 from tests.stages.project import Project, params
+from tests.stages.ray_cluster import Cluster, can_hide, wait_for
 
-needs_ray = pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="a sweep needs Ray")
-if importlib.util.find_spec("ray"):
-    from tests.stages.ray_cluster import Cluster, can_hide, wait_for
+FOLDERS = ("results", "reports", "runs")
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def finished(tmp_path_factory):
-    project = Project(tmp_path_factory.mktemp("sequential") / "project", params())
-    outcome = project.run("dvc", "repro")
-    assert outcome.returncode == 0, outcome.stdout
+    """A project after `dvc repro`, made by one worker of pytest for all; copy it before changing anything."""
+    shared = tmp_path_factory.getbasetemp()
+    shared = shared.parent if "PYTEST_XDIST_WORKER" in os.environ else shared
+    with FileLock(shared / "finished.lock"):
+        if (shared / "finished.log").exists():
+            return Project(shared / "finished")
+        project = Project.create(shared / "finished", params())
+        outcome = project.run("dvc", "repro")
+        assert outcome.returncode == 0, outcome.stdout
+        (shared / "finished.log").write_text(outcome.stdout)
     return project
 
 
@@ -50,7 +57,9 @@ def test_a_second_repro_has_nothing_to_do(finished):
     assert outcome.returncode == 0 and stages_run(outcome.stdout) == []
 
 
-def test_what_changes_runs_again_and_nothing_else(finished):
+def test_what_changes_runs_again_and_nothing_else(finished, tmp_path):
+    shutil.copytree(finished.folder, tmp_path / "project")
+    finished = Project(tmp_path / "project")
     before = finished.outputs("runs/tiny/memvir_norm_softmax", "results/tiny/memvir_norm_softmax")
     changed = params()
     changed["runtime"] |= {"workers": 0, "checkpoint_epochs": 3}
@@ -65,21 +74,21 @@ def test_what_changes_runs_again_and_nothing_else(finished):
     assert finished.outputs("runs/tiny/memvir_norm_softmax", "results/tiny/memvir_norm_softmax") == before
 
 
-@needs_ray
-def test_a_sweep_leaves_the_bytes_of_a_sequential_repro_and_nothing_to_do(finished, tmp_path):
-    project = Project(tmp_path / "project", params())
+def test_a_sweep_that_is_stopped_and_continued_leaves_the_bytes_of_a_sequential_repro(finished, tmp_path):
+    project = Project.create(tmp_path / "project", patient())
+    sweep = project.start("stages.sweep", "--jobs", "2")
+    wait_for(sweep, "epoch 10/120")
+    sweep.send_signal(signal.SIGINT)
+    output, _ = sweep.communicate()
+    assert sweep.returncode == 130 and "stopped; run the same command again to continue" in output, output
     outcome = project.run("stages.sweep", "--jobs", "2")
-    assert outcome.returncode == 0, outcome.stdout
-    assert "epoch 120/120" not in outcome.stdout  # progress: none
-    assert "(5 of 5)" in outcome.stdout
-    folders = ("results", "reports", "runs")
-    assert project.outputs(*folders) == finished.outputs(*folders)
+    assert outcome.returncode == 0 and "continuing at epoch" in outcome.stdout, outcome.stdout
+    assert project.outputs(*FOLDERS) == finished.outputs(*FOLDERS)
     assert stages_run(project.run("dvc", "repro").stdout) == []
 
 
-@needs_ray
-def test_what_fails_is_named_and_the_rest_is_done(tmp_path):
-    project = Project(tmp_path / "project", params())
+def test_what_fails_is_named_and_the_rest_is_done(finished, tmp_path):
+    project = finished.untrained_copy(tmp_path / "project")
     in_the_way = project.folder / "scratch" / "checkpoints" / "tiny" / "memvir_norm_softmax"
     in_the_way.parent.mkdir(parents=True)
     in_the_way.write_text("a file where a folder should be")
@@ -94,44 +103,33 @@ def test_what_fails_is_named_and_the_rest_is_done(tmp_path):
     assert "tiny-memvir_norm_softmax-1" in out_of_date and "tiny-norm_softmax-1" not in out_of_date
 
 
-@needs_ray
-def test_ctrl_c_saves_every_run_and_the_same_command_continues(finished, tmp_path):
-    project = Project(tmp_path / "project", patient())
-    sweep = project.start("stages.sweep", "--jobs", "2")
-    wait_for(sweep, "epoch 10/120")
-    sweep.send_signal(signal.SIGINT)
-    output, _ = sweep.communicate()
-    assert sweep.returncode == 130 and "stopped; run the same command again to continue" in output, output
-    outcome = project.run("stages.sweep", "--jobs", "2")
-    assert outcome.returncode == 0 and "continuing at epoch" in outcome.stdout, outcome.stdout
-    assert project.outputs("results", "reports", "runs") == finished.outputs("results", "reports", "runs")
-
-
-@needs_ray
-def test_a_cluster_whose_node_dies_leaves_the_same_bytes_and_so_does_one_without_the_folder(finished, tmp_path):
-    folders = ("results", "reports", "runs")
-    project = Project(tmp_path / "project", patient())
+def test_when_a_node_of_a_cluster_dies_its_run_goes_on_elsewhere_to_the_same_bytes(finished, tmp_path):
+    project = finished.untrained_copy(tmp_path / "project")
+    project.write_params(patient())
     with Cluster() as cluster:
         second = cluster.add_node()
         sweep = project.start("stages.sweep", "--address", cluster.address)
         wait_for(sweep, "train on", "train on", "epoch 10/120")
         cluster.kill(second)
         output, _ = sweep.communicate()
-        assert sweep.returncode == 0 and "continuing at epoch" in output, output
-        assert project.outputs(*folders) == finished.outputs(*folders)
+    assert sweep.returncode == 0 and "continuing at epoch" in output, output
+    assert project.outputs(*FOLDERS) == finished.outputs(*FOLDERS)
 
-        if can_hide():
-            shutil.rmtree(project.folder / "runs")
-            shutil.rmtree(project.folder / "results")
-            cluster.add_node(hide=project.folder)
-            sweep = project.start("stages.sweep", "--address", cluster.address)
-            wait_for(sweep, "train on", "train on", "epoch 10/120", "epoch 20/120")
-            sweep.send_signal(signal.SIGINT)
-            output, _ = sweep.communicate()
-            assert sweep.returncode == 130, output
-            assert len(list((project.folder / "scratch" / "checkpoints").rglob("1.pt"))) == 2  # one came from away
-            outcome = project.run("stages.sweep", "--address", cluster.address)
-            assert outcome.returncode == 0, outcome.stdout
-            assert len(set(re.findall(r"train\w* on \S+ \((\w+)\)", outcome.stdout))) == 2
-            assert project.outputs(*folders) == finished.outputs(*folders)
-            assert not list(Path(tempfile.gettempdir()).glob("memvir-*"))
+
+@pytest.mark.skipif(not can_hide(), reason="needs a file system view of its own for a node")
+def test_a_node_without_the_folder_sends_home_checkpoints_and_results(finished, tmp_path):
+    project = finished.untrained_copy(tmp_path / "project")
+    project.write_params(patient())
+    with Cluster() as cluster:
+        cluster.add_node(hide=project.folder)
+        sweep = project.start("stages.sweep", "--address", cluster.address)
+        wait_for(sweep, "train on", "train on", "epoch 10/120", "epoch 20/120")
+        sweep.send_signal(signal.SIGINT)
+        output, _ = sweep.communicate()
+        assert sweep.returncode == 130, output
+        assert len(list((project.folder / "scratch" / "checkpoints").rglob("1.pt"))) == 2
+        outcome = project.run("stages.sweep", "--address", cluster.address)
+    assert outcome.returncode == 0, outcome.stdout
+    assert len(set(re.findall(r"train\w* on \S+ \((\w+)\)", outcome.stdout))) == 2
+    assert project.outputs(*FOLDERS) == finished.outputs(*FOLDERS)
+    assert not list(Path(tempfile.gettempdir()).glob("memvir-*"))

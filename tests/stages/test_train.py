@@ -183,7 +183,7 @@ def test_early_stopping_ends_a_run_that_no_longer_improves(tmp_path):
 
 
 @pytest.mark.parametrize("optimizer", ["adam", "adamw", "rmsprop", "sgd"])
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 def test_every_optimizer_and_precision_trains(tmp_path, optimizer, precision):
     settings = {"name": optimizer, "lr": 0.001, "lr_proxies": 0.001, "weight_decay": 0.0001}
     workspace = Workspace(tmp_path / "work", optimizer=settings, precision=precision, images_per_class=2, epochs=2)

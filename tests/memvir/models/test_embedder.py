@@ -15,6 +15,7 @@ from memvir.losses import build_loss
 from memvir.memory import MemVir
 from memvir.models import BACKBONES, BNInception, ConvNet, Embedder, ResNet, build_embedder
 from memvir.models.embedder import POOLINGS
+from tests.forked import forked
 
 
 def model(**changes: Any) -> config.Model:
@@ -192,6 +193,7 @@ def test_a_training_step_of_the_papers_size_runs_on_the_meta_device(pooling: str
     train(embedder, torch.empty(128, 3, 224, 224, device="meta"), steps=3, autocast=True)
 
 
+@forked
 def test_a_training_step_of_the_papers_size_runs_in_mixed_precision() -> None:
     """The meta device ignores autocast; fake tensors are meta tensors that follow it."""
     with FakeTensorMode():
