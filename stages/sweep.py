@@ -27,7 +27,6 @@ from stages import describe, paths
 from stages.plan import Job, Stage, ask_dvc, plan, tell_dvc
 
 UPSTREAM = ("download", "prepare", "weights")
-RECORDING_SHARE = 0.05  # of the time at most goes into telling DVC what is done: 0.5 s for few stages, 30 s for 400
 
 
 def main() -> None:
@@ -58,7 +57,7 @@ def sweep(params: Params, jobs: int | None, address: str | None, only_plan: bool
 
 
 def run_all(planned: Sequence[Job], params: Params, jobs: int | None, address: str | None) -> int:
-    """Run the jobs with Ray and commit what succeeds; a failure is named at once and the rest goes on."""
+    """Run the jobs with Ray and tell DVC what succeeds; a failure is named at once and the rest goes on."""
     try:
         import ray
     except ImportError:
@@ -67,41 +66,23 @@ def run_all(planned: Sequence[Job], params: Params, jobs: int | None, address: s
 
     most = max(params.recipe(job.stage.option("dataset")).resources.cpus for job in planned)
     cluster.connect(address, jobs * most if jobs else None)
-    room = ray.cluster_resources()
+    check_resources(planned, params)
     workspace = cluster.Workspace(Path.cwd(), uuid.uuid4().hex)
     write_text(workspace.root / cluster.TOKEN, workspace.token)
     all_here = all(cluster.on_every_node(cluster.sees_folder, workspace))
-    inputs = ray.put(None if all_here else cluster.pack(workspace.root, shipped(planned)))
+    inputs = None if all_here else cluster.pack(workspace.root, shipped(planned))
     home = cluster.open_home(workspace.root)
-    tasks: dict[str, ray.ObjectRef] = {}
-    for job in planned:
-        stage = job.stage
-        needs = params.recipe(stage.option("dataset")).resources
-        if needs.cpus > room.get("CPU", 0) or needs.gpus > room.get("GPU", 0):
-            raise UserError(
-                f"{stage.option('dataset')}.resources: a run asks for {needs.cpus} cores and {needs.gpus:g} GPUs, and "
-                f"there are {room.get('CPU', 0):g} and {room.get('GPU', 0):g}; ask for less or use a larger machine"
-            )
-        run_stage = cluster.run_stage.options(name=stage.name, num_cpus=needs.cpus, num_gpus=needs.gpus)
-        work = cluster.Work(stage.name, stage.run, stage.command, made_by_others(stage), left_behind(stage, params))
-        before = [tasks[name] for name in job.after]
-        tasks[stage.name] = run_stage.remote(work, workspace, inputs, home, *before)
-    done: list[Stage] = []
-    failures = 0
     display = Display(planned)
-    next_record = 0.0
+    record = Record(display)
+    failures = 0
+    tasks = submit(planned, params, workspace, inputs, home)
     try:
         for outcome in finished(tasks, display, home):
             if outcome.code:
                 failures += 1
                 display.say(f"{outcome.stage} failed: {outcome.message}")
-                continue
-            done.append(display.stages[outcome.stage])
-            started = time.monotonic()
-            if started >= next_record:
-                failures += record(done, display)
-                ended = time.monotonic()
-                next_record = ended + (ended - started) / RECORDING_SHARE
+            else:
+                record.add(display.stages[outcome.stage])
     except KeyboardInterrupt:
         display.say("stopping: every run saves a checkpoint")
         for task in tasks.values():
@@ -111,23 +92,90 @@ def run_all(planned: Sequence[Job], params: Params, jobs: int | None, address: s
         return 130
     finally:
         display.close()
-        failures += record(done, display)
         if not all_here:
             cluster.on_every_node(cluster.remove_copy, workspace)
         (workspace.root / cluster.TOKEN).unlink(missing_ok=True)
         ray.shutdown()
+        record.close()
+    failures += record.refused
     if failures:
         print(f"{failures} of {len(planned)} stages failed; the others are done", file=sys.stderr)
     return min(failures, 1)
 
 
-def record(done: list[Stage], display: "Display") -> int:
-    """Tell DVC what is done, and empty the list; the number of stages that have to run again."""
-    changed = tell_dvc(done) if done else {}
-    for stage, inputs in changed.items():
-        display.say(f"{stage} is not recorded: {', '.join(inputs)} changed while it ran; run the same command again")
-    done.clear()
-    return len(changed)
+def check_resources(planned: Sequence[Job], params: Params) -> None:
+    """UserError if a run asks for more than any one node has."""
+    import ray
+
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    for dataset in {job.stage.option("dataset") for job in planned}:
+        needs = params.recipe(dataset).resources
+        if not any(needs.cpus <= node.get("CPU", 0) and needs.gpus <= node.get("GPU", 0) for node in nodes):
+            there = " or ".join(sorted({f"{node.get('CPU', 0):g} and {node.get('GPU', 0):g}" for node in nodes}))
+            raise UserError(
+                f"{dataset}.resources: a run asks for {needs.cpus} cores and {needs.gpus:g} GPUs, and a node here has "
+                f"{there}; ask for less or use a larger machine"
+            )
+
+
+def submit(planned: Sequence[Job], params: Params, workspace: Any, inputs: bytes | None, home: Any) -> dict[str, Any]:
+    """Hand every job to Ray, which starts it once there is room and what it waits for has ended; stage -> task."""
+    import ray
+
+    from stages.cluster import Work, run_stage
+
+    shared = ray.put(inputs)
+    tasks: dict[str, Any] = {}
+    for job in planned:
+        stage = job.stage
+        needs = params.recipe(stage.option("dataset")).resources
+        work = Work(stage.name, stage.run, stage.command, made_by_others(stage), left_behind(stage, params))
+        before = [tasks[name] for name in job.after]
+        task = run_stage.options(name=stage.name, num_cpus=needs.cpus, num_gpus=needs.gpus)
+        tasks[stage.name] = task.remote(work, workspace, shared, home, *before)
+    return tasks
+
+
+class Record:
+    """Tells DVC what is done, as often as takes a small share of the time: half a second for few stages, 30 for 400."""
+
+    SHARE = 0.05
+
+    def __init__(self, display: "Display") -> None:
+        self.display = display
+        self.waiting: list[Stage] = []
+        self.refused = 0
+        """Stages that have to run again, since their inputs changed."""
+        self.due = 0.0
+
+    def add(self, stage: Stage) -> None:
+        self.waiting.append(stage)
+        started = time.monotonic()
+        if started >= self.due:
+            self._tell()
+            self.due = time.monotonic() + (time.monotonic() - started) / self.SHARE
+
+    def close(self) -> None:
+        """Raises UserError, with what to do, if DVC does not take what is left."""
+        problem = self._tell()
+        if problem:
+            names = " ".join(stage.name for stage in self.waiting)
+            raise UserError(f"DVC did not record what is done ({problem}); do it with: dvc commit --force {names}")
+
+    def _tell(self) -> str:
+        from dvc.exceptions import DvcException
+
+        if not self.waiting:
+            return ""
+        try:
+            changed = tell_dvc(self.waiting)
+        except DvcException as error:  # another dvc command holds the lock, say: later
+            return " ".join(str(error).split())
+        for stage, inputs in changed.items():
+            self.display.say(f"{stage} is not recorded: {', '.join(inputs)} changed while it ran; it has to run again")
+        self.refused += len(changed)
+        self.waiting.clear()
+        return ""
 
 
 def finished(tasks: dict, display: "Display", home: Any) -> Iterator:

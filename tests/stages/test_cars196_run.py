@@ -1,4 +1,4 @@
-"""CARS196's recipe at its real counts: from an unpacked folder to a result, an epoch of 8,054 images long."""
+"""CARS196's recipe at its real counts: from an address to a result, an epoch of 8,054 images long."""
 
 import copy
 import json
@@ -7,19 +7,21 @@ from pathlib import Path
 import pandas as pd
 from ruamel.yaml import YAML
 
+from memvir.files import file_hash
 from tests import cars196_stand_in as stand_in
 from tests.stages.workspace import Workspace
 
 RECIPE = YAML(typ="safe", pure=True).load(Path(__file__).parents[2].joinpath("params.yaml").read_text())["cars196"]
 
 
-def test_the_papers_recipe_goes_through_at_real_counts(tmp_path):
+def test_the_papers_recipe_goes_through_at_real_counts(tmp_path, server):
     workspace = Workspace(tmp_path / "work")
     source = workspace.folder / "dataset" / "cars196" / "source"
     source.mkdir(parents=True)
     (source / "annotation.csv").write_bytes(stand_in.ANNOTATION.read_bytes())
     recipe = copy.deepcopy(RECIPE)
-    recipe["data"] |= {"folder": str(stand_in.write_folder(tmp_path / "unpacked", stand_in.numbered())), "md5": None}
+    archive = stand_in.write_tar(tmp_path / "car_ims.tgz", stand_in.numbered(), "w:gz")
+    recipe["data"] |= {"addresses": [server.serve("car_ims.tgz", archive.read_bytes())], "md5": file_hash(archive)}
     # a network and a size for the laptop; batch, memory, optimiser, channels and transforms are the paper's
     recipe["images"] |= {"size": 8, "test": {"resize": 9}}
     recipe["model"] = {**recipe["model"], "backbone": "convnet", "widths": [4], "pretrained": "none", "weights": None}

@@ -6,13 +6,11 @@ import os
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from ruamel.yaml import YAML
 
-from memvir import download
 from memvir.config import Cars196Data
 from memvir.datasets import cars196, read_index
 from memvir.datasets.images import decode
@@ -32,14 +30,6 @@ def archive(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The archive, unpacked."""
     return stand_in.write_folder(tmp_path_factory.mktemp("folder"), stand_in.numbered())
-
-
-@pytest.fixture
-def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[MisbehavingServer]:
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    monkeypatch.setattr(download, "WAITS", (0.0, 0.0))
-    with MisbehavingServer() as server:
-        yield server
 
 
 @pytest.fixture

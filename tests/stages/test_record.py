@@ -4,8 +4,11 @@ import subprocess
 import sys
 
 import pytest
+from dvc.repo import Repo, lock_repo
 
+from memvir.errors import UserError
 from stages.plan import ask_dvc, tell_dvc
+from stages.sweep import Record
 
 DVC_YAML = """
 stages:
@@ -61,6 +64,20 @@ def test_it_records_what_dvc_commit_records(project):
     (project / "dvc.lock").unlink()
     dvc("commit", "--force", *[stage.name for stage in done])
     assert (project / "dvc.lock").read_bytes() == recorded
+
+
+def test_while_another_dvc_is_at_work_what_is_done_waits(project):
+    stages, _ = ask_dvc()
+    run(project, 1, 2)
+    first, second = (stage for stage in stages if stage.name in ("train@1", "train@2"))
+    record = Record(display=None)
+    with Repo() as other, lock_repo(other):
+        record.add(first)
+        with pytest.raises(UserError, match=r"Unable to acquire lock.* dvc commit --force train@1$"):
+            record.close()
+    record.add(second)
+    record.close()
+    assert not {"train@1", "train@2"} & set(ask_dvc()[1])
 
 
 @pytest.mark.parametrize(

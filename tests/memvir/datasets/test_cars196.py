@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 from scipy.io import savemat
 
-from memvir import download
 from memvir.config import Cars196Data
 from memvir.datasets import cars196
 from memvir.datasets.archives import File
@@ -41,14 +40,6 @@ def source(tmp_path: Path) -> Path:
 @pytest.fixture
 def target(tmp_path: Path) -> Path:
     return tmp_path / "download"
-
-
-@pytest.fixture
-def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[MisbehavingServer]:
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    monkeypatch.setattr(download, "WAITS", (0.0,))
-    with MisbehavingServer() as server:
-        yield server
 
 
 def settings(**given: object) -> Cars196Data:

@@ -6,7 +6,6 @@ import pickle
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -56,14 +55,6 @@ def file(state: dict[str, Tensor], tmp_path_factory: pytest.TempPathFactory) -> 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     return tmp_path / "weights"
-
-
-@pytest.fixture
-def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[MisbehavingServer]:
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    monkeypatch.setattr(download, "WAITS", (0.0, 0.0))
-    with MisbehavingServer() as server:
-        yield server
 
 
 def source(folder: Path) -> dict[str, str]:
