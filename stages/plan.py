@@ -8,8 +8,10 @@ from pathlib import PurePosixPath
 from typing import TYPE_CHECKING
 
 from memvir.config import Params
+from memvir.errors import UserError
 
 if TYPE_CHECKING:
+    from dvc.repo import Repo
     from dvc.stage import Stage as DVCStage
 
 PARALLEL = ("train", "train_tsne", "evaluate")  # the stages of dvc.yaml that a sweep runs side by side
@@ -73,27 +75,34 @@ def plan(stages: Sequence[Stage], out_of_date: Iterable[str], params: Params) ->
 
 
 def ask_dvc() -> tuple[list[Stage], list[str]]:
-    """All stages, and the names of those that are out of date."""
+    """All stages, and the names of those that are out of date. Raises UserError if DVC cannot tell."""
+    from dvc.exceptions import DvcException
     from dvc.repo import Repo
 
-    with Repo() as repo:
-        out_of_date = list(repo.status())
-        parallel = [stage for stage in repo.index.stages if stage.addressing.split("@")[0] in PARALLEL]
-        made = {str(out) for stage in parallel for out in stage.outs}
-        inputs = {
-            stage.addressing: {dep: value for dep, value in _hashes(stage).items() if dep not in made}
-            for stage in parallel
-        }
-        stages = [
-            Stage(
-                stage.addressing,
-                stage.cmd,
-                frozenset(str(dep) for dep in stage.deps),
-                frozenset(str(out) for out in stage.outs),
-                inputs.get(stage.addressing, {}),
-            )
-            for stage in repo.index.stages
-        ]
+    try:
+        with Repo() as repo:
+            return _ask(repo)
+    except DvcException as error:
+        raise UserError(f"DVC cannot say what is out of date: {error}") from None
+
+
+def _ask(repo: "Repo") -> tuple[list[Stage], list[str]]:
+    out_of_date = list(repo.status())
+    parallel = [stage for stage in repo.index.stages if stage.addressing.split("@")[0] in PARALLEL]
+    made = {str(out) for stage in parallel for out in stage.outs}
+    inputs = {
+        stage.addressing: {dep: value for dep, value in _hashes(stage).items() if dep not in made} for stage in parallel
+    }
+    stages = [
+        Stage(
+            stage.addressing,
+            stage.cmd,
+            frozenset(str(dep) for dep in stage.deps),
+            frozenset(str(out) for out in stage.outs),
+            inputs.get(stage.addressing, {}),
+        )
+        for stage in repo.index.stages
+    ]
     return stages, out_of_date
 
 

@@ -36,6 +36,8 @@ def main() -> None:
     where.add_argument("--address", help="a Ray cluster's address, such as auto or ray-head:6379")
     parser.add_argument("--plan", action="store_true", help="print what would run, and stop")
     options = parser.parse_args()
+    if options.jobs is not None and options.jobs < 1:
+        parser.error(f"argument --jobs: {options.jobs} is no number of runs; give 1 or more")
     try:
         sys.exit(sweep(load_params(), options.jobs, options.address, options.plan))
     except (UserError, OSError) as error:
