@@ -52,8 +52,14 @@ def test_dvc_repro_makes_results_tables_and_metrics(finished):
     assert b"MemVir + Norm-SoftMax" in outputs["reports/tiny/tables.md"]
 
 
-def test_a_second_repro_has_nothing_to_do(finished):
-    outcome = finished.run("dvc", "repro")
+def test_a_second_repro_has_nothing_to_do_whatever_bytecode_python_left(finished, tmp_path):
+    shutil.copytree(finished.folder, tmp_path / "project")
+    project = Project(tmp_path / "project")
+    for folder in ("memvir/models", "memvir/datasets"):
+        cache = project.folder / folder / "__pycache__"
+        cache.mkdir(exist_ok=True)
+        (cache / "left.cpython-311.pyc").write_bytes(b"bytecode")
+    outcome = project.run("dvc", "repro")
     assert outcome.returncode == 0 and stages_run(outcome.stdout) == []
 
 
