@@ -40,6 +40,14 @@ class Cluster:
         wait_for(node, "Ray runtime started")
         return node
 
+    def wait_for_run_on_second(self, sweep: subprocess.Popen[str]) -> str:
+        """The run that a sweep of two trains on the node that is not the head, once it has checkpoints."""
+        head = self.ray.head_node.node_id[:6]
+        started = wait_for(sweep, "train on", "train on")
+        (run,) = [line.split(":")[0] for line in started if head not in line]
+        wait_for(sweep, f"{run} epoch 10/")
+        return run
+
     def kill(self, node: subprocess.Popen[str]) -> None:
         """As when a machine loses power."""
         processes = [psutil.Process(node.pid), *psutil.Process(node.pid).children(recursive=True)]
@@ -56,10 +64,10 @@ def can_hide() -> bool:
     return subprocess.run(["unshare", "--mount", "true"], capture_output=True).returncode == 0
 
 
-def wait_for(process: subprocess.Popen[str], *texts: str) -> None:
-    """Read the process's output until each of the texts, in this order, stood in a line of its own."""
+def wait_for(process: subprocess.Popen[str], *texts: str) -> list[str]:
+    """Read the process's output until each of the texts, in this order, stood in a line of its own: those lines."""
     assert process.stdout is not None
-    seen = []
+    seen, matching = [], []
     expected = list(texts)
     while expected:
         line = process.stdout.readline()
@@ -67,3 +75,5 @@ def wait_for(process: subprocess.Popen[str], *texts: str) -> None:
         seen.append(line)
         if expected[0] in line:
             expected.pop(0)
+            matching.append(line)
+    return matching
