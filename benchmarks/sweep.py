@@ -95,7 +95,7 @@ def run(project: Path, *command: str) -> tuple[float, dict[str, float]]:
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     started = time.perf_counter()
     with subprocess.Popen(
-        [sys.executable, "-um", *command],
+        [sys.executable, "-m", *command],
         cwd=project,
         env=environment | {"PYTHONUNBUFFERED": "1"},
         stdout=subprocess.PIPE,

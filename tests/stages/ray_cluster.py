@@ -3,6 +3,7 @@
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from types import TracebackType
 
@@ -61,7 +62,8 @@ def can_hide() -> bool:
     """Whether this machine lets a process have a view of the file system of its own."""
     if not shutil.which("unshare"):
         return False
-    return subprocess.run(["unshare", "--mount", "true"], capture_output=True).returncode == 0
+    mount = ["unshare", "--mount", "mount", "-t", "tmpfs", "none", tempfile.gettempdir()]
+    return subprocess.run(mount, capture_output=True).returncode == 0
 
 
 def wait_for(process: subprocess.Popen[str], *texts: str) -> list[str]:
