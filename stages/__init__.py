@@ -17,6 +17,11 @@ from typing import Any
 from memvir.config import load_params
 from memvir.errors import UserError
 
+ADVICE = {
+    errno.ENOSPC: "; free some space and run the same command again",
+    errno.ENOENT: "; `dvc repro` makes what a stage reads",
+}
+
 OPTIONS: dict[str, dict[str, Any]] = {
     "dataset": {"required": True, "metavar": "D", "help": "a recipe of params.yaml, such as glyphs"},
     "variant": {"required": True, "metavar": "V", "help": "a variant of the recipe, such as memvir_norm_softmax"},
@@ -56,6 +61,5 @@ def stage(main: Callable[..., None]) -> Callable[[], None]:
 def describe(error: Exception) -> str:
     """An error as one line; for a full disk or a missing file the path stands first."""
     if isinstance(error, OSError) and error.strerror:
-        advice = "; free some space and run the same command again" if error.errno == errno.ENOSPC else ""
-        return f"{error.filename or 'file system'}: {error.strerror}{advice}"
+        return f"{error.filename or 'file system'}: {error.strerror}{ADVICE.get(error.errno or 0, '')}"
     return " ".join(str(error).split())
