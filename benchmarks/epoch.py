@@ -10,17 +10,18 @@ import statistics
 import time
 from pathlib import Path
 
-from memvir.config import MemVirSettings, load_params
-from memvir.environment import limit_threads
+from memvir import libraries
+from memvir.params import load_params
+from memvir.wrappers.settings import MemVirSettings
 
-limit_threads(1)
+libraries.prepare()
 
 import torch  # noqa: E402
 
-from memvir.datasets import read_index  # noqa: E402
-from memvir.runs import open_training_data  # noqa: E402
-from memvir.training import Trainer  # noqa: E402
-from stages.paths import run_files  # noqa: E402
+from memvir.experiment.data import open_training_data  # noqa: E402
+from memvir.experiment.paths import run_files  # noqa: E402
+from memvir.experiment.training import Trainer  # noqa: E402
+from memvir.images.index import read_index  # noqa: E402
 
 
 class Quiet:
@@ -34,7 +35,7 @@ def main() -> None:
     parser.add_argument("--step-gap", type=int, default=5)
     options = parser.parse_args()
     params = load_params()
-    files = run_files(params, "glyphs", "norm_softmax", 1)
+    files = run_files(params.run("glyphs", "norm_softmax", 1), params.runtime)
     index = read_index(Path(files.index))
     trainers = {}
     for variant in ("norm_softmax", "memvir_norm_softmax"):

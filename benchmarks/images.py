@@ -19,9 +19,9 @@ from PIL import Image
 from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2
 
-from memvir.config import load_params
-from memvir.data import CroppedImages
-from memvir.pixels import open_images
+from memvir.images.batches import CroppedImages
+from memvir.images.pixels import open_images
+from memvir.params import load_params
 
 ROUNDS = 5
 

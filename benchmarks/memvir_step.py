@@ -1,4 +1,5 @@
-"""What MemVir costs per step: exactly in O(N), against the concatenation of the definition, on the same inputs.
+"""What MemVir costs per step: exactly in O(N), against the concatenation of the definition, on the same inputs, and
+beside its rivals.
 
     python -m benchmarks.memvir_step [--quick] [--threads 1]
 
@@ -10,15 +11,19 @@ size of Stanford Online Products has a process of its own, whose peak resident s
 
 import argparse
 import multiprocessing
+import resource
 import statistics
+import sys
 import time
 from pathlib import Path
 
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from memvir.losses import LOSSES, build_loss
+from memvir.losses import DISPLAY_NAMES, build_loss
 from memvir.memory import MemVir
+from memvir.wrappers import WRAPPERS, wrap
+from memvir.wrappers.wrapper import LossWrapper
 
 PAPER = {"batch_size": 128, "num_classes": 98, "dim": 512, "num_steps": 45, "step_gap": 10}  # CARS196, Norm-SoftMax
 SOP = {"batch_size": 128, "num_classes": 11_318, "dim": 512, "num_steps": 10, "step_gap": 10}
@@ -41,6 +46,8 @@ def main() -> None:
     memvir = filled(**paper)
     print(against_concatenation(memvir, paper, few))
     print(of_each_loss(paper, few))
+    print(beside_its_rivals(paper, few))
+    print(beside_its_rivals(sop, few))
     print(stored(memvir, paper))
     print(linear_in_the_number_of_steps(paper, 4 * few))
     print(beside_a_small_step(glyphs, many))
@@ -71,10 +78,33 @@ def against_concatenation(memvir: MemVir, sizes: dict[str, int], steps: int) -> 
 
 
 def of_each_loss(sizes: dict[str, int], steps: int) -> str:
-    names = {name: loss.display_name for name, loss in LOSSES.items()}
-    seconds = [median_seconds([filled(name, **sizes)], sizes, steps)[0] for name in names]
+    seconds = [median_seconds([filled(name, **sizes)], sizes, steps)[0] for name in DISPLAY_NAMES]
     row = ["exact, ms", *(f"{each * 1000:,.1f}" for each in seconds)]
-    return f"\n### Each loss, same size\n\n{markdown(['', *names.values()], [row])}"
+    return f"\n### Each loss, same size\n\n{markdown(['', *DISPLAY_NAMES.values()], [row])}"
+
+
+def beside_its_rivals(sizes: dict[str, int], steps: int) -> str:
+    """Each around the same loss; BroadFace with a queue of as many embeddings as MemVir uses at a time."""
+    loss = build_loss("norm_softmax", sizes["num_classes"], sizes["dim"])
+    settings = {
+        "memvir": {"num_steps": sizes["num_steps"], "step_gap": sizes["step_gap"]},
+        "broadface": {"queue_size": sizes["num_steps"] * sizes["batch_size"]},
+    }
+    wrappers = [wrap(loss, name, **settings.get(name, {})) for name in WRAPPERS]
+    for wrapper in wrappers:
+        fill(wrapper, sizes)
+    losses = [loss, *wrappers]
+    rows = [
+        [title, f"{seconds * 1000:,.1f}", f"{working_memory(each, sizes) / MIB:,.1f}", f"{held(each) / MIB:,.1f}"]
+        for title, each, seconds in zip(
+            ["the plain loss", *(wrapper.title for wrapper in WRAPPERS.values())],
+            losses,
+            median_seconds(losses, sizes, steps),
+            strict=True,
+        )
+    ]
+    header = ["", "forward and backward, ms", "working memory, MiB", "stored, MiB"]
+    return f"\n### MemVir and its rivals, {titled(sizes)}\n\n{markdown(header, rows)}"
 
 
 def stored(memvir: MemVir, sizes: dict[str, int]) -> str:
@@ -184,17 +214,23 @@ def filled(
 ) -> MemVir:
     """MemVir around a new loss, all N past steps in use."""
     memvir = MemVir(build_loss(name, num_classes, dim), num_steps, step_gap, storage_dtype=storage_dtype)
-    fill(memvir, {"batch_size": batch_size, "num_classes": num_classes, "dim": dim})
+    sizes = {"batch_size": batch_size, "num_classes": num_classes, "dim": dim}
+    fill(memvir, sizes | {"num_steps": num_steps, "step_gap": step_gap})
     return memvir
 
 
 @torch.no_grad()
-def fill(memvir: MemVir, sizes: dict[str, int]) -> None:
+def fill(wrapper: LossWrapper, sizes: dict[str, int]) -> None:
     """With random batches, the same ones for every memory of a size."""
     with torch.random.fork_rng():
         torch.manual_seed(1)
-        for _ in range((memvir.num_steps + 1) * (memvir.step_gap + 1)):
-            memvir(*random_batch(sizes))
+        for _ in range((sizes["num_steps"] + 1) * (sizes["step_gap"] + 1)):
+            wrapper(*random_batch(sizes))
+
+
+def held(loss: torch.nn.Module) -> int:
+    """The bytes of what is kept from step to step, the loss's proxies apart."""
+    return sum(buffer.nbytes for buffer in loss.buffers())
 
 
 def concatenating(memvir: MemVir) -> MemVir:
@@ -237,7 +273,9 @@ def working_memory(loss: torch.nn.Module, sizes: dict[str, int]) -> int:
 
 
 def peak_resident_size() -> int:
-    """Of this process, in bytes. (The figure of getrusage starts from the parent's.)"""
+    """Of this process, in bytes. (On Linux the figure of getrusage starts from the parent's.)"""
+    if sys.platform != "linux":
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:")) * 1024
 

@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from memvir.datasets.annotation import read_annotation
+from memvir.images.annotation import read_annotation
 
 CARS196_ANNOTATION = Path(__file__).parents[1] / "dataset/cars196/source/annotation.csv"
 DIM = 512

@@ -20,10 +20,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from memvir.config import Run, load_params
+from memvir.experiment.optimizer import build_optimizer
+from memvir.experiment.settings import Run
+from memvir.experiment.training import build_run_loss
 from memvir.memory import MemVir
 from memvir.models import Embedder, build_embedder
-from memvir.training import build_optimizer, build_run_loss
+from memvir.params import load_params
 
 NUM_CLASSES = 98
 TRAIN_IMAGES = 8054

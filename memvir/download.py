@@ -1,6 +1,7 @@
 """Files from the network: several addresses, resumed after interruptions, checked, never half there."""
 
 import contextlib
+import glob
 import hashlib
 import json
 import logging
@@ -15,9 +16,9 @@ from urllib.parse import urlsplit
 import requests
 import urllib3
 
-from memvir.counter import Counter, size
 from memvir.errors import UserError
-from memvir.files import file_hash, write_json
+from memvir.files import extendable, file_hash, write_json
+from memvir.progress import Counter, size
 
 log = logging.getLogger("memvir")
 
@@ -89,7 +90,8 @@ def _fetch(address: str, target: Path, algorithm: str, digest: str | None, what:
     if urlsplit(address).scheme not in ("http", "https"):
         raise _Refused("is not an http or https address")
     # each address has a part of its own: another server's file need not be the same
-    part = target.with_name(f"{target.name}.{hashlib.sha256(address.encode()).hexdigest()[:8]}.part")
+    name = extendable(target.name)
+    part = target.with_name(f"{name}.{hashlib.sha256(address.encode()).hexdigest()[:8]}.part")
     note = part.with_name(part.name + ".json")
     resumed = _get(address, part, note, what)
     if digest and not (found := file_hash(part, algorithm)).startswith(digest):
@@ -104,7 +106,7 @@ def _fetch(address: str, target: Path, algorithm: str, digest: str | None, what:
     with part.open("rb") as file:
         os.fsync(file.fileno())
     part.replace(target)
-    for left in target.parent.glob(f"{target.name}.*.part*"):
+    for left in target.parent.glob(f"{glob.escape(name)}.*.part*"):
         left.unlink(missing_ok=True)
 
 

@@ -1,9 +1,11 @@
 """Writing files so that a reader never sees half of one, and reading them with errors that name the file."""
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -17,7 +19,7 @@ def atomic_write(path: Path, keep: Path | None = None) -> Iterator[BinaryIO]:
     the file that `path` replaces goes; without it that file is gone.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.part")  # one name: what a killed process leaves, the next one overwrites
+    temporary = temporary_name(path)
     try:
         with temporary.open("wb") as file:
             yield file
@@ -33,6 +35,22 @@ def atomic_write(path: Path, keep: Path | None = None) -> Iterator[BinaryIO]:
             error.filename = str(path)  # a failed write does not know its file
         raise
     _fsync_folder(path.parent)
+
+
+def temporary_name(path: Path) -> Path:
+    """A hidden name beside `path`, always the same one: what a killed process leaves, the next one overwrites."""
+    return path.with_name(f".{extendable(path.name)}.part")
+
+
+def extendable(name: str) -> str:
+    """`name`, or a digest of it if it leaves no room for a suffix within the 255 bytes that file systems allow."""
+    content = os.fsencode(name)
+    return name if len(content) <= 200 else hashlib.sha256(content).hexdigest()
+
+
+def is_text(name: str) -> bool:
+    """Whether a name is text on one line: no control characters, and no bytes that could not be decoded."""
+    return not re.search(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]", name)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -54,5 +72,8 @@ def _fsync_folder(folder: Path) -> None:
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # file systems that flush no folders, such as SMB
+            raise
     finally:
         os.close(descriptor)

@@ -15,38 +15,48 @@ compared with: embeddings and proxies, or for Proxy-Anchor proxies and embedding
 classes, D dimensions, A anchors and K others (B and C, or C and B), n <= N slots in use.
 """
 
-from typing import Any
+from numbers import Integral
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
-from torch.func import functional_call
 
 from memvir.errors import UserError
-from memvir.losses import MASKED, ProxyLoss, without_autocast
+from memvir.foreign import call_with, number_of_classes, proxies_of, proxy_parameter, try_more_classes
+from memvir.losses.checks import FiniteRows, checked_labels
+from memvir.losses.logsumexp import MASKED, without_autocast
+from memvir.losses.proxy_loss import ProxyLoss
+from memvir.losses.with_past import CombinedWithPast
+from memvir.wrappers.wrapper import LossWrapper
 
 # What follows the rows of a short batch in each buffer; a padded anchor counts 0
 PADDING = {"past_embeddings": 0, "past_labels": -1, "past_proxies": 0, "past_positive": 0, "past_counted": 0}
 
+STORAGE_DTYPES = (torch.float32, torch.bfloat16, torch.float64)  # float16 overflows beyond 65,504
 
-class MemVir(nn.Module):
+
+class MemVir(LossWrapper):
     """A proxy loss with virtual classes from memory: forward(embeddings (B, D), labels (B,)) -> scalar.
 
     Args:
-        loss: one of `memvir.losses`, or any module with a parameter `proxies` (C, D) and the same forward that takes
-            the number of classes from the proxies' shape; such a one works unmodified, by concatenation in O(N^2).
+        loss: one of `memvir.losses`, or any module with the same forward and a parameter `proxies` (C, D), or `W` or
+            `fc` (D, C) as in pytorch-metric-learning. Such a one works unmodified, by concatenation in O(N^2), if it
+            takes the number of classes from the parameter's shape or keeps it as `num_classes`, with several proxies
+            to a class too. One call with 2C classes tries that here, on a copy.
         num_steps: N, how many past steps become virtual classes; 0 is the plain loss.
         step_gap: M, how many steps are left out between two selected ones.
-        storage_dtype: how stored embeddings and proxies are kept: "float32", "bfloat16" or a torch dtype;
+        storage_dtype: how stored embeddings and proxies are kept: "float32", "bfloat16" or "float64", or torch's;
             by default the type that the loss computes in. Arithmetic is in at least float32 in any case.
         concatenate: take the O(N^2) way of the definition for every loss.
 
     While `enabled` is False (warm-up), and in eval mode, this is the plain loss: nothing is stored or used. The memory
     is allocated at the first step, grows if a later batch is larger, and is all in state_dict(). Every forward in
-    train mode is a step. For the losses of `memvir.losses` it takes the gradients too, and backward() hands them out.
+    train mode is a step, under torch.no_grad() too: validate in eval mode. With gradient accumulation each part of a
+    batch is a step. For the losses of `memvir.losses` forward takes the gradients too, and backward() hands them out.
+
+    A row of embeddings or proxies that is not finite makes the loss and all gradients nan, so that a GradScaler skips
+    the step, but is remembered as zeros, which are similar to nothing, and so does no harm to later steps.
     """
 
-    loss: Any  # a ProxyLoss, or any module that looks like one from outside
     past_embeddings: Tensor
     past_labels: Tensor
     past_proxies: Tensor
@@ -62,32 +72,35 @@ class MemVir(nn.Module):
         storage_dtype: str | torch.dtype | None = None,
         concatenate: bool = False,
     ):
-        super().__init__()
-        if num_steps < 0 or step_gap < 0:
-            raise UserError(f"MemVir needs num_steps and step_gap of 0 or more, not {num_steps} and {step_gap}")
-        if not isinstance(getattr(loss, "proxies", None), nn.Parameter):
-            raise UserError(f"MemVir needs a loss with a parameter `proxies` (C, D); {type(loss).__name__} has none")
+        super().__init__(loss)
+        if not all(isinstance(number, Integral) and number >= 0 for number in (num_steps, step_gap)):
+            raise UserError(
+                f"MemVir needs num_steps and step_gap of 0 or more, not {num_steps} and {step_gap}; use whole numbers"
+            )
         if isinstance(storage_dtype, str):
             storage_dtype = getattr(torch, storage_dtype, storage_dtype)
-        if storage_dtype is not None and not getattr(storage_dtype, "is_floating_point", False):
+        if storage_dtype is not None and storage_dtype not in STORAGE_DTYPES:
             raise UserError(f"MemVir's storage_dtype is float32 or bfloat16, not {storage_dtype!r}")
-        self.loss = loss
+        self._parameter = proxy_parameter(loss)
         self.num_steps = num_steps
         self.step_gap = step_gap
         assert not isinstance(storage_dtype, str)
         self.storage_dtype = storage_dtype
         self.concatenate = concatenate or not isinstance(loss, ProxyLoss)
-        self.enabled = True
+        self.num_classes = number_of_classes(loss, self._parameter)  # C
         self._step = 0  # steps stored so far, the pending one included
         self._slots_used = 0  # n of the last forward
         self._sizes = [[0] * num_steps for _ in range(step_gap + 1)]  # embeddings in each slot
         self._pending: dict[str, Tensor] = {}  # what the last step leaves, written at the start of the next
         for name in self._layout(0):
             self.register_buffer(name, None)
+        if num_steps and not isinstance(loss, ProxyLoss):
+            try_more_classes(loss, self._parameter, self.num_classes)
 
     @property
-    def proxies(self) -> nn.Parameter:
-        return self.loss.proxies
+    def proxies(self) -> Tensor:
+        """(C, D), or of a loss with several proxies to a class (C * as many, D)."""
+        return proxies_of(self.loss, self._parameter)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -97,7 +110,7 @@ class MemVir(nn.Module):
     @property
     def num_virtual_classes(self) -> int:
         """How many virtual classes the last forward used."""
-        return self._slots_used * len(self.proxies)
+        return self._slots_used * self.num_classes
 
     @property
     def num_virtual_embeddings(self) -> int:
@@ -106,19 +119,22 @@ class MemVir(nn.Module):
         return sum(self._sizes[residue][: self._slots_used])
 
     def forward(self, embeddings: Tensor, labels: Tensor) -> Tensor:
-        if not (self.enabled and self.training and self.num_steps):
-            self._slots_used = 0
-            return self.loss(embeddings, labels)
-        self._commit()
-        self._reserve(len(embeddings), embeddings.device)
-        compute = self._concatenated if self.concatenate else self._two_strips
-        residue, turn = self._place(self._step)
-        n = min(turn, self.num_steps)
+        labels = checked_labels(embeddings, labels, self.proxies, self.num_classes)
         with without_autocast(embeddings.device):
-            loss, pending = compute(embeddings, labels, residue, turn, n)
+            embeddings = embeddings.to(self.dtype)
+            if not (self.active and self.num_steps):
+                self._slots_used = 0
+                return self.loss(embeddings, labels)
+            self._commit()
+            self._reserve(len(embeddings), embeddings.device)
+            compute = self._concatenated if self.concatenate else self._two_strips
+            residue, turn = self._place(self._step)
+            n = min(turn, self.num_steps)
+            embeddings, proxies, one = FiniteRows.apply(embeddings, self.proxies.to(self.dtype))
+            loss, pending = compute(embeddings, proxies, labels, residue, turn, n)
         # together, so that a step which fails has not happened
         self._pending, self._step, self._slots_used = pending, self._step + 1, n
-        return loss
+        return loss * one
 
     def steps_in_use(self) -> list[tuple[int, Tensor, Tensor, Tensor]]:
         """The past steps that the last forward used, newest first: (k, embeddings (b, D), labels (b,), proxies (C, D)).
@@ -130,13 +146,13 @@ class MemVir(nn.Module):
     # --- the loss ----------------------------------------------------------------------------------------------------
 
     def _two_strips(
-        self, embeddings: Tensor, labels: Tensor, residue: int, turn: int, n: int
+        self, embeddings: Tensor, proxies: Tensor, labels: Tensor, residue: int, turn: int, n: int
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The O(N) way: see the top of this file. Returns the loss and what `_commit` shall write."""
         loss = self.loss
-        embeddings, proxies = loss.inputs(embeddings)  # (B, D), (C, D)
+        embeddings, proxies = loss.inputs(embeddings, proxies)  # (B, D), (C, D)
         own, positive, counted = loss.block(embeddings, proxies, labels)  # (A,) each
-        pending = self._stored(embeddings, labels, proxies, copy=not loss.normalised)
+        pending = self._stored(embeddings, labels, proxies)
         pending |= {"past_positive": positive.detach(), "past_counted": counted, "own": own.detach()}
         if n == 0:
             return loss.combine(own, positive, counted)[0], pending
@@ -149,7 +165,7 @@ class MemVir(nn.Module):
         else:
             anchors, others, past_anchors, past_others = embeddings, proxies, past_embeddings, past_proxies
             padding = None
-        value, across, down = _CombinedWithPast.apply(
+        value, across, down = CombinedWithPast.apply(
             loss,
             own,
             positive,
@@ -166,18 +182,19 @@ class MemVir(nn.Module):
         return value, pending | {"across": across, "down": down}
 
     def _concatenated(
-        self, embeddings: Tensor, labels: Tensor, residue: int, turn: int, n: int
+        self, embeddings: Tensor, proxies: Tensor, labels: Tensor, residue: int, turn: int, n: int
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The definition, for a loss of any kind: one call with everything, O(N^2) logits."""
-        embeddings, num_classes = embeddings.to(self.dtype), len(self.proxies)
         steps = self._past_steps(residue, turn, n)
-        proxies = torch.cat([self.proxies, *(proxies for _, _, _, proxies in steps)])  # ((n+1)C, D)
-        inputs = (
+        loss = call_with(
+            torch.cat([proxies, *(past for _, _, _, past in steps)]),  # ((n+1)C, D)
+            (n + 1) * self.num_classes,
+            self.loss,
+            self._parameter,
             torch.cat([embeddings, *(past for _, past, _, _ in steps)]),  # ((n+1)B, D)
-            torch.cat([labels, *(past + k * num_classes for k, _, past, _ in steps)]),
+            torch.cat([labels, *(past + k * self.num_classes for k, _, past, _ in steps)]),
         )
-        loss = functional_call(self.loss, {"proxies": proxies}, inputs)
-        return loss, self._stored(embeddings, labels, self.proxies, copy=True)
+        return loss, self._stored(embeddings, labels, proxies)
 
     # --- the ring ----------------------------------------------------------------------------------------------------
 
@@ -198,15 +215,15 @@ class MemVir(nn.Module):
 
     def _layout(self, batch_size: int) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         """Shape and type of each buffer."""
-        num_classes, dim = self.proxies.shape
+        num_proxies, dim = self.proxies.shape
         slots, dtype = (self.step_gap + 1, self.num_steps), self.dtype
         layout = {
             "past_embeddings": ((*slots, batch_size, dim), self.storage_dtype or dtype),
             "past_labels": ((*slots, batch_size), torch.int64),
-            "past_proxies": ((*slots, num_classes, dim), self.storage_dtype or dtype),
+            "past_proxies": ((*slots, num_proxies, dim), self.storage_dtype or dtype),
         }
         if not self.concatenate:
-            num_anchors = num_classes if self.loss.anchors_are_proxies else batch_size
+            num_anchors = num_proxies if self.loss.anchors_are_proxies else batch_size
             layout |= {
                 "past_positive": ((*slots, num_anchors), dtype),
                 "past_counted": ((*slots, num_anchors), dtype),
@@ -215,6 +232,7 @@ class MemVir(nn.Module):
             }
         return layout
 
+    @torch.inference_mode(False)  # a memory made under inference_mode could not be written by later steps
     def _reserve(self, batch_size: int, device: torch.device) -> None:
         """Allocate the memory for steps of up to `batch_size` embeddings, keeping what it holds."""
         if self.past_labels is not None and batch_size <= self.past_labels.shape[2]:
@@ -225,13 +243,13 @@ class MemVir(nn.Module):
                 new[tuple(slice(length) for length in held.shape)] = held
             setattr(self, name, new)
 
-    def _stored(self, embeddings: Tensor, labels: Tensor, proxies: Tensor, copy: bool) -> dict[str, Tensor]:
-        """A step as it is stored; copied where the caller or the optimiser may change the tensors in place."""
+    def _stored(self, embeddings: Tensor, labels: Tensor, proxies: Tensor) -> dict[str, Tensor]:
+        """A step as it is stored; of the three, only the labels are the caller's to change in place."""
         dtype = self.storage_dtype or self.dtype
         return {
-            "past_embeddings": embeddings.detach().to(dtype, copy=copy),
+            "past_embeddings": embeddings.detach().to(dtype),
             "past_labels": labels.clone(),
-            "past_proxies": proxies.detach().to(dtype, copy=copy),
+            "past_proxies": proxies.detach().to(dtype),
         }
 
     def _commit(self) -> None:
@@ -258,15 +276,29 @@ class MemVir(nn.Module):
             block_lse[slot, :num_anchors, slot] = pending["own"]
         self._pending = {}
 
-    # --- saving ------------------------------------------------------------------------------------------------------
+    # --- moving and saving -------------------------------------------------------------------------------------------
+
+    def _apply(self, fn, recurse=True):
+        """Moves the memory with the module, but in its own types: half precision does not hold log-sum-exps."""
+        memory = self._buffers, self._pending
+        held = [{name: tensor for name, tensor in tensors.items() if tensor is not None} for tensors in memory]
+        self._buffers.update(dict.fromkeys(self._buffers))
+        super()._apply(fn, recurse)
+        types = {name: dtype for name, (_, dtype) in self._layout(0).items()}
+        for tensors, before in zip(memory, held, strict=True):
+            for name, tensor in before.items():
+                new, dtype = fn(tensor), types.get(name, self.dtype)
+                tensors[name] = new if new.dtype == dtype else tensor.to(new.device, dtype)
+        return self
 
     def _settings(self) -> dict[str, str | int]:
         """What a memory must have in common with the module that it is loaded into."""
-        num_classes, dim = self.proxies.shape
+        num_proxies, dim = self.proxies.shape
         return {
             "num_steps (N)": self.num_steps,
             "step_gap (M)": self.step_gap,
-            "number of classes (C)": num_classes,
+            "number of classes (C)": self.num_classes,
+            "number of proxies": num_proxies,
             "embedding dimension (D)": dim,
             "storage_dtype": str(self.storage_dtype or self.dtype),
             "concatenate": self.concatenate,
@@ -294,9 +326,9 @@ class MemVir(nn.Module):
         if extra is not None:
             theirs, ours = extra["settings"], self._settings()
             for setting, value in ours.items():
-                if theirs[setting] != value:
+                if theirs.get(setting) != value:
                     raise UserError(
-                        f"this state of MemVir was saved with {setting} {theirs[setting]}, not {value}; "
+                        f"this state of MemVir was saved with {setting} {theirs.get(setting)}, not {value}; "
                         "build the module with the same settings, or train anew"
                     )
             for name in self._layout(0):
@@ -304,77 +336,3 @@ class MemVir(nn.Module):
             if prefix + "past_labels" in state_dict:
                 self._reserve(state_dict[prefix + "past_labels"].shape[2], self.proxies.device)
         super()._load_from_state_dict(state_dict, prefix, *args)
-
-
-class _CombinedWithPast(torch.autograd.Function):
-    """The loss of all anchors, current and past, and the log-sum-exps of the two new strips, (A, n) and (n, A).
-
-    The gradients are taken here at once, by hand: the strips are turned into their gradients in place, they are gone
-    when forward returns, and nothing is kept for backward that later steps overwrite.
-    """
-
-    @staticmethod
-    def forward(
-        ctx,
-        loss: ProxyLoss,
-        own: Tensor,  # (A,)
-        positive: Tensor,  # (A,)
-        anchors: Tensor,  # (A, D)
-        others: Tensor,  # (K, D)
-        counted: Tensor,  # (A,)
-        block_lse: Tensor,  # (n, A, n), and so on: the same of the past
-        past_positive: Tensor,
-        past_counted: Tensor,
-        past_anchors: Tensor,
-        past_others: Tensor,
-        padding: Tensor | None,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        n, num_anchors = len(block_lse), len(own)
-        logits = (loss.factor * anchors) @ past_others.T  # (A, D) @ (D, nK) -> (A, nK)
-        if padding is not None:
-            logits += padding
-        right, right_sum, across = _logsumexp(logits.unflatten(1, (n, -1)))  # (A, n, K), (A, n), (A, n)
-        logits = past_anchors @ (loss.factor * others).T  # (nA, D) @ (D, K) -> (nA, K)
-        below, below_sum, down = _logsumexp(logits)  # (nA, K), (nA,), (nA,)
-
-        # what each of the R = A + nA anchors is compared with, in 1 + n blocks: the current step's others, each slot's
-        current = torch.cat([own[:, None], across], 1)  # (A, 1 + n)
-        past = torch.cat([down[:, None], block_lse.flatten(0, 1)], 1)  # (nA, 1 + n)
-        blocks, blocks_sum, lse = _logsumexp(torch.cat([current, past]))  # (R, 1 + n), (R,), (R,)
-        value, by_lse, by_positive = loss.combine(
-            lse,
-            torch.cat([positive, past_positive.flatten()]),
-            torch.cat([counted, past_counted.flatten()]),
-        )
-        if any(ctx.needs_input_grad):
-            # the derivative of a log-sum-exp by a logit is its exponential's share of the sum
-            by_block = blocks * (by_lse / blocks_sum)[:, None]  # (R, 1 + n)
-            by_logit = loss.factor * by_block
-            right *= (by_logit[:num_anchors, 1:] / right_sum)[:, :, None]
-            below *= (by_logit[num_anchors:, 0] / below_sum)[:, None]
-            ctx.save_for_backward(
-                by_block[:num_anchors, 0],
-                by_positive[:num_anchors],
-                right.flatten(1) @ past_others,  # (A, nK) @ (nK, D) -> (A, D)
-                below.T @ past_anchors,  # (K, nA) @ (nA, D) -> (K, D)
-            )
-        down = down.view(n, -1)
-        ctx.mark_non_differentiable(across, down)
-        ctx.set_materialize_grads(False)
-        return value, across, down
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, gradient: Tensor, *_):
-        return None, *(gradient * derivative for derivative in ctx.saved_tensors), *[None] * 8
-
-
-def _logsumexp(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Of the last dimension: exp(logits - their maximum), in place of the logits, their sum, and the log-sum-exp.
-
-    torch.logsumexp keeps neither, and allows for infinite logits, of which there are none here.
-    """
-    maximum = logits.amax(-1, keepdim=True)
-    exponentials = logits.sub_(maximum).exp_()
-    total = exponentials.sum(-1)
-    return exponentials, total, total.log().add_(maximum.squeeze(-1))

@@ -1,67 +1,93 @@
-"""What a person sees of a running run: a bar or plain lines, TensorBoard, and a stop that loses nothing."""
+"""How far a count of images, bytes or epochs has come: a bar on a terminal, now and then a plain line elsewhere."""
 
-import signal
+import logging
 import sys
 import time
-from types import FrameType
-from typing import Any
+from collections.abc import Iterable, Iterator
+from types import TracebackType
+from typing import Literal, TypeVar
 
 from tqdm import tqdm
 
-from memvir.config import Runtime
-from memvir.tensorboard import TensorBoardLog
+log = logging.getLogger("memvir")
+
+Item = TypeVar("Item")
+Style = Literal["auto", "bar", "plain", "none"]
+
+SECONDS_BETWEEN_LINES = 10.0
 
 
-class Progress:
-    """Shows finished epochs and turns SIGINT and SIGTERM into a request to stop after the current step.
+class Counter:
+    """A context manager; `add` says that so many more are done. Shows amount, rate and time left.
 
-    A context manager. Without a board (in all processes of a run but the first) it shows nothing.
+    Args:
+        done: what an earlier process did.
+        style: auto is a bar on a terminal and plain lines elsewhere.
+        leave: the bar stays on the terminal at the end.
     """
 
-    def __init__(self, name: str, epochs: int, runtime: Runtime, board: TensorBoardLog | None) -> None:
-        self.name, self.epochs, self.runtime, self.board = name, epochs, runtime, board
-        self.stop_requested = False
-        self.signal = 0
-        style = runtime.progress if board else "none"
+    def __init__(
+        self, what: str, total: int | None, unit: str, done: int = 0, style: Style = "auto", leave: bool = False
+    ) -> None:
+        self.what, self.total, self.unit, self.done, self.first = what, total, unit, done, done
+        self.started = self.last_line = time.monotonic()
         self.style = ("bar" if sys.stderr.isatty() else "plain") if style == "auto" else style
-        self.recall = 0.0
-        self.started, self.first_epoch = 0.0, 0
+        is_bytes = unit == "B"
+        self.bar = tqdm(
+            desc=what,
+            total=total,
+            initial=done,
+            unit="B" if is_bytes else f" {unit}",
+            unit_scale=is_bytes,
+            unit_divisor=1000,
+            disable=self.style != "bar",
+            leave=leave,
+        )
 
-    def __enter__(self) -> "Progress":
-        self.handlers = {number: signal.signal(number, self._stop) for number in (signal.SIGINT, signal.SIGTERM)}
-        self.bar = tqdm(total=self.epochs, desc=self.name, unit="epoch", disable=self.style != "bar", leave=True)
-        self.started = time.monotonic()
+    def add(self, count: int, numbers: str = "", now: bool = False) -> None:
+        """Show `numbers` beside the amount, instead of the rate; in a plain line at once if `now`."""
+        self.done += count
+        self.bar.set_postfix_str(numbers, refresh=False)
+        self.bar.update(count)
+        due = now or time.monotonic() - self.last_line >= SECONDS_BETWEEN_LINES
+        if self.style == "plain" and due:
+            self.last_line = time.monotonic()
+            log.info("%s %s", self.what, self._line(numbers))
+
+    def _line(self, numbers: str) -> str:
+        seconds, done = self.last_line - self.started, self.done - self.first
+        numbers = numbers or f"{self._amount(round(done / max(seconds, 1e-9)))}/s"
+        if not self.total:
+            return f"{self._amount(self.done)}: {numbers}"
+        left = tqdm.format_interval(seconds / max(done, 1) * (self.total - self.done))
+        place = f"{self.done}/{self.total}"
+        if self.unit == "B":
+            place = f"{size(self.done)} of {size(self.total)}"
+        return f"{place}: {numbers}, {left} left"
+
+    def _amount(self, count: int) -> str:
+        return size(count) if self.unit == "B" else f"{count:,} {self.unit}"
+
+    def __enter__(self) -> "Counter":
         return self
 
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self.handlers.items():
-            signal.signal(number, handler)
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.bar.close()
 
-    def epoch_done(self, trainer: Any) -> None:
-        row = trainer.history.rows[-1]
-        if not self.first_epoch:  # a run that is continued did its first epochs in another process
-            self.first_epoch = int(row["epoch"])
-        self.recall = row.get("recall_at_1", self.recall)
-        if self.board:
-            self.board.add_epoch(row)
-        if self.style == "bar":
-            self.bar.n = int(row["epoch"])
-            self.bar.set_postfix_str(
-                f"loss {row['loss']:.3f}, R@1 {self.recall:.1%}, {trainer.images_per_second:.0f} images/s"
-            )
-        elif self.style == "plain" and "recall_at_1" in row:
-            print(
-                f"{self.name} epoch {row['epoch']}/{self.epochs}: loss {row['loss']:.4f}, Recall@1 {self.recall:.2%}, "
-                f"{trainer.images_per_second:.0f} images/s, {self._time_left(int(row['epoch']))} left",
-                file=sys.stderr,
-                flush=True,
-            )
 
-    def _time_left(self, epoch: int) -> str:
-        done = epoch - self.first_epoch + 1
-        seconds = (time.monotonic() - self.started) / done * (self.epochs - epoch)
-        return tqdm.format_interval(seconds)
+def counted(items: Iterable[Item], what: str, total: int, unit: str) -> Iterator[Item]:
+    """The items, counted as they are taken."""
+    with Counter(what, total, unit) as counter:
+        for item in items:
+            yield item
+            counter.add(1)
 
-    def _stop(self, number: int, _: FrameType | None) -> None:
-        self.stop_requested, self.signal = True, number
+
+def size(count: int) -> str:
+    """12.3 MB"""
+    if count < 1000:
+        return f"{count} B"
+    power = next((power for power in (1, 2) if count < 999.95 * 1000**power), 3)
+    return f"{count / 1000**power:.1f} {' kMG'[power]}B"

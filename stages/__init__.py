@@ -4,62 +4,102 @@
 """
 
 import argparse
+import contextlib
 import errno
 import functools
 import inspect
 import logging
 import os
+import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from memvir.config import load_params
-from memvir.errors import UserError
+from memvir import commands, libraries
+from memvir.commands import Parser
+from memvir.errors import NotMade, UserError
+from memvir.signals import Interrupted, end_with_parent, interrupted, stop_signals
+
+__all__ = ["Parser", "exit_codes", "exit_interrupted", "one_line_errors", "stage"]
+
+if sys.argv[0] == "-m" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # `python -m stages.NAME` begins here: a Ctrl-C shows no traceback
+
+libraries.prepare()  # before any stage imports them
 
 ADVICE = {
     errno.ENOSPC: "; free some space and run the same command again",
     errno.ENOENT: "; `dvc repro` makes what a stage reads",
 }
 
+
+def _path(text: str) -> Path:
+    from memvir.sections import user_path  # late, as below: the handlers of signals come first
+
+    try:
+        return user_path(text)
+    except UserError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
 OPTIONS: dict[str, dict[str, Any]] = {
     "dataset": {"required": True, "metavar": "D", "help": "a recipe of params.yaml, such as glyphs"},
     "variant": {"required": True, "metavar": "V", "help": "a variant of the recipe, such as memvir_norm_softmax"},
     "seed": {"required": True, "metavar": "S", "type": int, "help": "the run's seed"},
+    "study": {"required": True, "metavar": "NAME", "help": "one of the recipe's studies, such as memory"},
+    "jobs": {"metavar": "N", "type": int, "help": "runs at a time; by default as many as there are cores for"},
     "model": {
         "metavar": "FILE",
-        "type": Path,
+        "type": _path,
         "help": "a saved model of this recipe: print its metrics, write nothing",
     },
 }
 
 
 def stage(main: Callable[..., None]) -> Callable[[], None]:
-    """Turn `main(params, dataset, ...)` into a command whose options are the function's arguments after `params`.
-
-    An error that a user can cause ends in one line and exit code 1; MEMVIR_DEBUG=1 shows the traceback instead.
-    """
+    """Turn `main(params, dataset, ...)` into a command whose options are the function's arguments after `params`."""
 
     @functools.wraps(main)
     def command() -> None:
-        parser = argparse.ArgumentParser(description=inspect.getdoc(inspect.getmodule(main)))
+        parser = Parser(description=inspect.getdoc(inspect.getmodule(main)))
         for name in list(inspect.signature(main).parameters)[1:]:
             parser.add_argument(f"--{name}", **OPTIONS[name])
         arguments = vars(parser.parse_args())
         logging.basicConfig(format="%(message)s", stream=sys.stderr)
         logging.getLogger("memvir").setLevel(logging.INFO)
-        try:
+        if "DVC_STAGE" in os.environ:  # set by DVC, and by a sweep: nothing works on when these were killed
+            end_with_parent()
+        with exit_codes():
+            from memvir.params import load_params
+
             main(load_params(), **arguments)
-        except (UserError, OSError) as error:
-            if os.environ.get("MEMVIR_DEBUG"):
-                raise
-            sys.exit(f"error: {describe(error)}")
 
     return command
 
 
+def exit_interrupted(number: int) -> None:
+    """End this process with one line and exit code 128 + the signal; everything open is cleaned up on the way."""
+    os.write(2, f"{interrupted(number)}\n".encode())  # print may be what was interrupted
+    sys.exit(128 + number)
+
+
 def describe(error: Exception) -> str:
-    """An error as one line; for a full disk or a missing file the path stands first."""
-    if isinstance(error, OSError) and error.strerror:
-        return f"{error.filename or 'file system'}: {error.strerror}{ADVICE.get(error.errno or 0, '')}"
-    return " ".join(str(error).split())
+    """An error as one line, and what DVC can do about it."""
+    if isinstance(error, NotMade):
+        return f"{commands.describe(error)}; run `dvc repro`, which makes it"
+    advice = ADVICE.get(error.errno or 0, "") if isinstance(error, OSError) else ""
+    return commands.describe(error) + advice
+
+
+one_line_errors = functools.partial(commands.one_line_errors, describe)
+
+
+@contextlib.contextmanager
+def exit_codes() -> Iterator[None]:
+    """End the process by 128 + the signal that asked it to stop, or by 1 and one line for what a user can put right."""
+    with stop_signals(exit_interrupted), one_line_errors():
+        try:
+            yield
+        except Interrupted as stop:
+            sys.exit(128 + stop.signal)

@@ -3,23 +3,26 @@
 import json
 from pathlib import Path
 
-from memvir.config import Params
-from memvir.environment import limit_threads
+from memvir import libraries
+from memvir.experiment.paths import growth_file, history_file, result_file, run_files
+from memvir.files import write_text
+from memvir.params import Params
 from stages import stage
-from stages.paths import result_file, run_files
 
 
 @stage
 def main(params: Params, dataset: str, variant: str, seed: int, model: Path | None) -> None:
     run = params.run(dataset, variant, seed)
-    limit_threads(run.training.threads)
-    from memvir.runs import evaluate_model, evaluate_run  # late: libraries read their thread limits when imported
+    libraries.prepare(run.training.threads)
+    from memvir.experiment import evaluation  # late: numerical libraries read their thread limits when imported
 
-    files = run_files(params, dataset, variant, seed)
+    files = run_files(run, params.runtime)
     if model is not None:
-        print(json.dumps(evaluate_model(run, params.runtime, files, model), indent=2))
+        print(json.dumps(evaluation.evaluate_model(run, params.runtime, files, model), indent=2))
     else:
-        evaluate_run(run, params.runtime, files, result_file(dataset, variant, seed))
+        evaluation.evaluate_run(run, params.runtime, files, result_file(dataset, variant, seed))
+        for kept, file in (("history.csv", history_file), ("growth.csv", growth_file)):  # for a reader without the run
+            write_text(file(dataset, variant, seed), (files.run / kept).read_text(encoding="utf-8"))
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
-"""Retrieval pictures: what the first MemVir variant and its baseline find for the best, typical and worst queries."""
+"""Retrieval pictures: what a baseline and the first variant around it find for the best, typical and worst queries."""
 
-from memvir.config import Params
-from memvir.datasets.index import read_index
+from memvir.experiment.paths import images_folder, index_file, report_folder, run_folder
+from memvir.images.index import evaluated, read_index
+from memvir.params import Params
 from memvir.reporting import neighbours
 from memvir.reporting.results import table_lines
 from stages import stage
-from stages.paths import images_folder, index_file, report_folder, run_folder
 
 
 @stage
@@ -20,11 +20,12 @@ def main(params: Params, dataset: str) -> None:
         for line in sorted(lines, key=lambda line: line.baseline is not None)
         if line.variant in shown
     }
-    index = read_index(index_file(dataset))
-    test = index[index["split"] == "test"]
+    test = evaluated(read_index(index_file(dataset)))
+    is_query = (test["split"] == "query").to_numpy()
     queries, rankings = neighbours.rank(
         embeddings,
         test["class_id"].to_numpy(),
+        is_query if is_query.any() else None,
         per_kind=params.reporting.queries,
         num_neighbours=params.reporting.neighbours,
     )

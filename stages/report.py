@@ -3,28 +3,36 @@
 import functools
 import json
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from memvir.config import Params
+from memvir.experiment.paths import report_folder, result_file, study_file, trials_file
 from memvir.files import write_text
-from memvir.reporting import page, tables
+from memvir.params import Params
+from memvir.reporting import aggregation, page, studies, table4, trials
 from memvir.reporting.page import Picture, Section
+from memvir.reporting.studies import Made
 from stages import stage
-from stages.paths import report_folder, result_file
 
 
 @stage
 def main(params: Params, dataset: str) -> None:
-    experiment = tables.read_experiment(
+    experiment = aggregation.read_experiment(
         params.recipe(dataset), params.variants, params.seeds, functools.partial(result_file, dataset)
     )
     folder = report_folder(dataset)
     previous = previous_content(folder / "summary.json", experiment.content)
-    write_text(folder / "index.html", page.render_page(dataset, experiment, page_sections(folder), previous))
+    search = trials.describe(params.recipe(dataset), experiment.lines, functools.partial(trials_file, dataset))
+    columns = table4.read_columns(params.recipes, params.variants, params.seeds, result_file)
+    shown = table4.is_compared(columns, dataset)
+    across = [table4.to_table(columns, p, len(params.seeds)) for p in table4.PROTOCOLS] if shown else []
+    made = studies.read_studies(params.recipe(dataset), functools.partial(study_file, dataset))
+    sections = page_sections(folder, made)
+    write_text(folder / "index.html", page.render_page(dataset, experiment, sections, previous, search, across))
 
 
-def page_sections(folder: Path) -> list[Section]:
+def page_sections(folder: Path, made: Sequence[Made]) -> list[Section]:
     names = {"recall_at_1": "Recall@1", "rp": "RP", "map": "MAP", "loss": "Training loss"}
     curves = [
         Picture(
@@ -56,7 +64,34 @@ def page_sections(folder: Path) -> list[Section]:
         "nearest to the median, and the worst, no class twice. Both models: first seed, last epoch.",
         wide=True,
     )
+    searched = Picture(
+        folder / "trials" / "trials.svg",
+        "Every trial",
+        "A panel for each setting: the MAP of every trial on the validation classes over the value that was drawn.",
+        "Every trial as a point, its MAP on the validation classes over what was drawn; rings are the choice.",
+        wide=True,
+    )
+    space = Picture(
+        folder / "curves" / "space.svg",
+        "Seen and unseen classes",
+        "A row for each line, a point with its interval: MAP on seen and unseen classes, their gap, distances.",
+        "After the last epoch, mean over seeds with its 95 % confidence interval. In the first panel blue are the "
+        "classes that training has seen, orange those that it has not; the table above has the numbers.",
+        wide=True,
+    )
+    studied = [
+        Picture(
+            folder / "studies" / f"{study.name}.svg",
+            study.name.capitalize(),
+            "MAP on validation classes, over the settings that were varied or over epochs.",
+            study.caption,
+        )
+        for study in made
+    ]
     return [
+        Section("trials", "How the settings were chosen", [searched]),
+        Section("studies", "Studies", studied),
+        Section("space", "Seen and unseen classes", [space]),
         Section("curves", "Curves", [*curves, growth]),
         Section("tsne", "Embeddings by step", [by_step]),
         Section("neighbours", "Nearest neighbours", [neighbours]),

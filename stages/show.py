@@ -2,20 +2,20 @@
 
 import functools
 
-from memvir.config import Params
-from memvir.reporting import tables
+from memvir.experiment.paths import report_folder, result_file
+from memvir.params import Params
+from memvir.reporting import aggregation, formats
 from stages import stage
-from stages.paths import report_folder, result_file
 
 
 @stage
 def main(params: Params) -> None:
     for dataset in params.datasets:
-        experiment = tables.read_experiment(
+        experiment = aggregation.read_experiment(
             params.recipe(dataset), params.variants, params.seeds, functools.partial(result_file, dataset)
         )
         folder = report_folder(dataset)
-        print(f"\n{dataset}\n\n{tables.to_terminal(experiment)}")
+        print(f"\n{dataset}\n\n{formats.to_terminal(experiment)}")
         print(f"As the paper counts (`best`), other metrics, intervals: {folder / 'tables.md'} (also .csv and .tex)")
         print(f"With curves and pictures: {folder / 'index.html'}")
 

@@ -2,22 +2,22 @@
 
 import functools
 
-from memvir.config import Params
+from memvir.experiment.paths import report_folder, result_file
 from memvir.files import write_json, write_text
-from memvir.reporting import tables
+from memvir.params import Params
+from memvir.reporting import aggregation, formats
 from stages import stage
-from stages.paths import report_folder, result_file
 
 
 @stage
 def main(params: Params, dataset: str) -> None:
-    experiment = tables.read_experiment(
+    experiment = aggregation.read_experiment(
         params.recipe(dataset), params.variants, params.seeds, functools.partial(result_file, dataset)
     )
     folder = report_folder(dataset)
-    write_text(folder / "tables.md", tables.to_document(experiment, dataset))
-    write_text(folder / "tables.csv", tables.to_csv(experiment.summary, experiment.lines))
-    write_text(folder / "tables.tex", tables.to_latex_document(experiment.summary, experiment.lines, dataset))
+    write_text(folder / "tables.md", formats.to_document(experiment, dataset))
+    write_text(folder / "tables.csv", formats.to_csv(experiment.summary, experiment.lines))
+    write_text(folder / "tables.tex", formats.to_latex_document(experiment.summary, experiment.lines, dataset))
     write_json(folder / "summary.json", experiment.content)
 
 

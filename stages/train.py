@@ -3,23 +3,28 @@
 import os
 import sys
 
-from memvir.config import Params
-from memvir.environment import limit_threads
+from memvir import libraries
+from memvir.experiment.paths import run_files
+from memvir.params import Params
 from stages import stage
-from stages.paths import run_files
 
 
 @stage
 def main(params: Params, dataset: str, variant: str, seed: int) -> None:
     run = params.run(dataset, variant, seed)
-    if params.runtime.processes > 1 and "WORLD_SIZE" not in os.environ:
-        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-        processes = f"--nproc_per_node={params.runtime.processes}"
-        os.execv(sys.executable, [*launcher, processes, "-m", "stages.train", *sys.argv[1:]])
-    limit_threads(run.training.threads)
-    from memvir.runs import train_run  # late: numerical libraries read their thread limits when imported
+    libraries.prepare(run.training.threads)
+    from memvir.experiment.preflight import check_run
+    from memvir.experiment.runs import train_run
+    from memvir.images.index import read_index  # late: numerical libraries read their thread limits when imported
 
-    train_run(run, params.runtime, run_files(params, dataset, variant, seed))
+    files = run_files(run, params.runtime)
+    processes = params.runtime.processes
+    if "WORLD_SIZE" not in os.environ:  # torchrun's processes need not all say the same
+        check_run(run, read_index(files.index), processes)
+        if processes > 1:
+            launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+            os.execv(sys.executable, [sys.executable, *launcher, "-m", "stages.train", *sys.argv[1:]])
+    train_run(run, params.runtime, files)
 
 
 if __name__ == "__main__":

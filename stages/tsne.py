@@ -1,16 +1,17 @@
 """The t-SNE figure of embeddings by step, from what the variant `tsne` recorded while it trained."""
 
-from memvir.config import Params
+from memvir.experiment.paths import report_folder, run_folder
+from memvir.experiment.settings import TSNE_VARIANT
+from memvir.params import Params
 from memvir.reporting import tsne
 from stages import stage
-from stages.paths import report_folder, run_folder
 
-VARIANT, SEED = "tsne", 1  # the run that dvc.yaml's stage train_tsne makes
+SEED = 1  # of the run that dvc.yaml's stage train_tsne makes
 
 
 @stage
 def main(params: Params, dataset: str) -> None:
-    snapshots = tsne.read_snapshots(run_folder(dataset, VARIANT, SEED) / "snapshots")
+    snapshots = tsne.read_snapshots(run_folder(dataset, TSNE_VARIANT, SEED) / "snapshots")
     settings = params.reporting
     tsne.draw_tsne(
         snapshots,

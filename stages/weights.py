@@ -1,9 +1,9 @@
 """Fetch the backbone's pretrained weights, or note that the recipe starts from random ones."""
 
-from memvir.config import Params
+from memvir.experiment.paths import weights_folder
 from memvir.models.weights import fetch_weights
+from memvir.params import Params
 from stages import stage
-from stages.paths import weights_folder
 
 
 @stage

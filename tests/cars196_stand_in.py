@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from memvir.datasets.annotation import ImageClass, read_annotation
+from memvir.images.annotation import ImageClass, read_annotation
 
 ANNOTATION = Path(__file__).parents[1] / "dataset" / "cars196" / "source" / "annotation.csv"
 IMAGES = 16185

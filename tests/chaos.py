@@ -1,99 +1,92 @@
-"""Kill a small training run again and again at random moments and compare its end with that of an undisturbed one.
+"""Kill a small pipeline again and again at random moments and compare its end with that of an undisturbed one.
 
-    python -m tests.chaos --kills 30 [--signal TERM] [--seed 0]
+    python -m tests.chaos --kills 30 [--command sweep|repro] [--signal TERM] [--seed 0]
 
-Each kill hits a process that has just been started by the same command; when the kills are used up the command is run
-to its end. The long form of tests/stages/test_train.py, for a person to run; it prints one line per kill.
+Each kill hits the command, and the stages that it has at work, some time after it was started again; once everything is
+done, all is deleted and begun anew, until the kills are used up. The long form of the tests
+in tests/stages, for a person to run; it prints a line for each kill.
 """
 
 import argparse
-import os
+import contextlib
 import random
+import re
+import shutil
 import signal
 import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from pathlib import Path
 
-from tests import tiny
-from tests.stages.workspace import Workspace
+import psutil
 
-ROOT = Path(__file__).parents[1]
-TRAINING = {"epochs": 40, "check_epoch": 1, "lr_decay": {"epochs": [30]}}
+from tests.stages.project import Project, params
+
+MADE = ("results", "reports", "runs", "settings")
+COMMANDS = {"sweep": ["stages.sweep"], "repro": ["dvc", "repro"]}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=30)
+    parser.add_argument("--command", choices=COMMANDS, default="sweep")
     parser.add_argument("--signal", choices=["KILL", "TERM", "INT"], default="KILL")
     parser.add_argument("--seed", type=int, default=0, help="of the random moments")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        expected, seconds = undisturbed(Path(folder) / "undisturbed")
+        project = Project.create(Path(folder) / "project", params())
+        began = time.monotonic()
+        completed = project.run(*COMMANDS[options.command])
+        assert completed.returncode == 0, completed.stdout
+        seconds, expected = time.monotonic() - began, project.outputs(*MADE)
         print(f"undisturbed: {seconds:.1f} s, {len(expected)} files")
-        found = disturbed(Path(folder) / "disturbed", seconds, options)
-    different = [name for name in sorted({*expected, *found}) if expected.get(name) != found.get(name)]
-    print(f"{len(found)} files, {len(different)} differ from the undisturbed run's {different or ''}")
+        start_again(project)
+        moments, hit, rounds, different = random.Random(options.seed), Counter[str](), 0, list[str]()
+        kill = 0
+        while kill < options.kills:
+            process = project.start(*COMMANDS[options.command])
+            try:
+                output, _ = process.communicate(timeout=moments.uniform(0.1, 0.5) * seconds)
+                assert process.returncode == 0, output
+                rounds += 1
+                different += compare(expected, project.outputs(*MADE))
+                start_again(project)
+            except subprocess.TimeoutExpired:
+                at_work = kill_all(psutil.Process(process.pid), getattr(signal, f"SIG{options.signal}"))
+                process.communicate()
+                kill += 1
+                hit.update(at_work)
+                print(f"{kill:3d}: {options.signal} during {', '.join(at_work) or 'no stage'}", flush=True)
+        completed = project.run(*COMMANDS[options.command])
+        assert completed.returncode == 0, completed.stdout
+        different += compare(expected, project.outputs(*MADE))
+    print(f"{rounds + 1} times to the end, {len(different)} files differ from the undisturbed ones {different or ''}")
+    print("hit: " + ", ".join(f"{stage} {count}" for stage, count in hit.most_common()))
     sys.exit(bool(different))
 
 
-def workspace(folder: Path) -> Workspace:
-    made = Workspace(folder)
-    params = tiny.params(**TRAINING)
-    params["runtime"]["checkpoint_epochs"] = 1  # a checkpoint an epoch, so that many kills hit one being written
-    made.write_params(params)
-    return made.prepared()
+def start_again(project: Project) -> None:
+    """As in a fresh clone."""
+    for name in (*MADE, "logs", "scratch", ".dvc/cache", ".dvc/tmp", "dataset/tiny/images", "dataset/tiny/download"):
+        shutil.rmtree(project.folder / name, ignore_errors=True)
+    for name in ("dvc.lock", "dataset/tiny/index.csv"):
+        (project.folder / name).unlink(missing_ok=True)
 
 
-def start(made: Workspace) -> subprocess.Popen:
-    run = "--dataset tiny --variant memvir_norm_softmax --seed 1"
-    command = f"{sys.executable} -m stages.train {run} && exec {sys.executable} -m stages.evaluate {run}"
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    return subprocess.Popen(
-        command,
-        shell=True,
-        cwd=made.folder,
-        env=environment,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
+def kill_all(command: psutil.Process, number: int) -> list[str]:
+    """Send a signal to a command and all that it started; returns the stages that were at work."""
+    stages = set()
+    for process in [command, *command.children(recursive=True)]:
+        with contextlib.suppress(psutil.NoSuchProcess):  # it has just ended
+            stages |= set(re.findall(r"-m stages\.(?!sweep)(\w+)", " ".join(process.cmdline())))
+            process.send_signal(number)
+    return sorted(stages)
 
 
-def undisturbed(folder: Path) -> tuple[dict[str, bytes], float]:
-    made = workspace(folder)
-    began = time.monotonic()
-    process = start(made)
-    _, errors = process.communicate()
-    assert process.returncode == 0, errors
-    return made.outputs(), time.monotonic() - began
-
-
-def disturbed(folder: Path, seconds: float, options: argparse.Namespace) -> dict[str, bytes]:
-    made = workspace(folder)
-    moments = random.Random(options.seed)
-    number = getattr(signal, f"SIG{options.signal}")
-    for kill in range(1, options.kills + 1):
-        process = start(made)
-        delay = moments.uniform(0.3, 1.0) * seconds
-        try:
-            _, errors = process.communicate(timeout=delay)
-            end = f"finished (exit code {process.returncode})"
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, number)
-            _, errors = process.communicate()
-            end = f"{options.signal} after {delay:.2f} s"
-        if end.startswith("finished"):
-            # done before the kill came: begin again, so that every kill hits a run at work
-            for name in made.outputs():
-                (made.folder / name).unlink()
-        said = errors.strip().splitlines()
-        print(f"{kill:3d}: {end}{'; ' + said[-1] if said else ''}", flush=True)
-    process = start(made)
-    _, errors = process.communicate()
-    assert process.returncode == 0, errors
-    return made.outputs()
+def compare(expected: dict[str, bytes], found: dict[str, bytes]) -> list[str]:
+    return [name for name in sorted({*expected, *found}) if expected.get(name) != found.get(name)]
 
 
 if __name__ == "__main__":

@@ -1,10 +1,22 @@
+import signal
 from collections.abc import Iterator
 
 import pytest
 import torch
+from hypothesis import settings
 
 from memvir import download
 from tests.http_server import MisbehavingServer
+
+# the same examples every time; `pytest --hypothesis-profile=search` looks for new ones
+settings.register_profile("repeatable", derandomize=True, deadline=None)
+settings.register_profile("search", derandomize=False, deadline=None, max_examples=2000)
+settings.load_profile("repeatable")
+
+# whoever runs the suite may ignore signals (nohup, a job in a script's background); what it starts must hear them
+for stop in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    if signal.getsignal(stop) == signal.SIG_IGN:
+        signal.signal(stop, signal.default_int_handler if stop == signal.SIGINT else signal.SIG_DFL)
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -1,19 +1,24 @@
 """Networks from images to embeddings.
 
-A new backbone takes a file with a `Backbone`, a line in `BACKBONES` and its name in `memvir.config.Model`.
+A new backbone takes a file with a `Backbone` and a line in `BACKBONES`. Nothing here imports torch before it is used:
+settings know the backbones by name in no time.
 """
 
-from collections.abc import Callable
-from pathlib import Path
+import difflib
+import pkgutil
+import re
+from typing import TYPE_CHECKING, Any
 
-from memvir.config import Model
 from memvir.errors import UserError
-from memvir.models.backbone import Backbone
-from memvir.models.bn_inception import BNInception
-from memvir.models.convnet import ConvNet
-from memvir.models.embedder import Embedder
-from memvir.models.resnet import ResNet
-from memvir.models.weights import fetch_weights, find_weights, load_weights
+
+if TYPE_CHECKING:
+    from memvir.models.backbone import Backbone
+    from memvir.models.bn_inception import BNInception
+    from memvir.models.convnet import ConvNet
+    from memvir.models.embedder import Embedder, build_embedder
+    from memvir.models.timm_networks import TimmNetwork
+    from memvir.models.torchvision_networks import TorchvisionNetwork
+    from memvir.models.weights import fetch_weights, find_weights, load_weights, read_weights
 
 __all__ = [
     "BACKBONES",
@@ -21,41 +26,61 @@ __all__ = [
     "Backbone",
     "ConvNet",
     "Embedder",
-    "ResNet",
+    "TimmNetwork",
+    "TorchvisionNetwork",
+    "backbone_class",
     "build_embedder",
+    "canonical_backbone",
     "fetch_weights",
     "find_weights",
     "load_weights",
+    "read_weights",
 ]
 
-BACKBONES: dict[str, Callable[[Model, int], Backbone]] = {
-    "convnet": lambda model, in_channels: ConvNet(model.widths, in_channels),
-    "bn_inception": lambda model, in_channels: BNInception(),
-    "resnet18": lambda model, in_channels: ResNet(18),
-    "resnet34": lambda model, in_channels: ResNet(34),
-    "resnet50": lambda model, in_channels: ResNet(50),
-    "resnet101": lambda model, in_channels: ResNet(101),
+BACKBONES = {
+    "convnet": "memvir.models.convnet:ConvNet",
+    "bn_inception": "memvir.models.bn_inception:BNInception",
+    "timm/NAME": "memvir.models.timm_networks:TimmNetwork",
+    "torchvision/NAME": "memvir.models.torchvision_networks:TorchvisionNetwork",
+}
+"""What `model.backbone` can be -> its class; NAME stands for any network of that library."""
+
+
+def canonical_backbone(name: str) -> str:
+    """A backbone's name in full; resnet50 and the like are torchvision's. Raises UserError with the choices."""
+    name = f"torchvision/{name}" if re.fullmatch(r"resnet\d+", name) else name
+    if _key(name) not in BACKBONES:
+        close = difflib.get_close_matches(_key(name), BACKBONES, n=1)
+        hint = f"; did you mean {close[0]}?" if close else ""
+        raise UserError(f"expected one of {', '.join(BACKBONES)}, found {name[:60]!r}{hint}")
+    return name
+
+
+def module_of(backbone: str) -> str:
+    """The module that a backbone's class is in, without importing it."""
+    return BACKBONES[_key(canonical_backbone(backbone))].partition(":")[0]
+
+
+def backbone_class(name: str) -> "type[Backbone]":
+    return pkgutil.resolve_name(BACKBONES[_key(canonical_backbone(name))])
+
+
+def _key(name: str) -> str:
+    return re.sub("/.+", "/NAME", name, flags=re.DOTALL)
+
+
+_LAZY = {path.rpartition(":")[2]: path for path in BACKBONES.values()} | {
+    "Backbone": "memvir.models.backbone:Backbone",
+    "Embedder": "memvir.models.embedder:Embedder",
+    "build_embedder": "memvir.models.embedder:build_embedder",
+    "fetch_weights": "memvir.models.weights:fetch_weights",
+    "find_weights": "memvir.models.weights:find_weights",
+    "load_weights": "memvir.models.weights:load_weights",
+    "read_weights": "memvir.models.weights:read_weights",
 }
 
 
-def build_embedder(model: Model, in_channels: int, weights: Path | None) -> Embedder:
-    """The network of a recipe, in training mode on the CPU.
-
-    Args:
-        in_channels: 1 for grey images, 3 for colour ones.
-        weights: the file of the backbone's pretrained weights (`find_weights`); None for `pretrained: none`, which
-            draws random weights from torch's generator.
-
-    Raises UserError if pretrained weights are asked for and not given, do not fit, or the images' channels do not.
-    """
-    backbone = BACKBONES[model.backbone](model, in_channels)
-    if backbone.in_channels != in_channels:
-        raise UserError(f"images.channels: {model.backbone} takes colour images; write rgb or bgr")
-    if model.pretrained != "none":
-        if weights is None:
-            raise UserError(
-                f"model.pretrained: {model.pretrained} needs a weight file for {model.backbone}, and there is none; "
-                "run `dvc repro`, which fetches it, or write pretrained: none for random weights"
-            )
-        load_weights(backbone, weights)
-    return Embedder(backbone, model.pooling, model.embedding_dim, model.freeze_batch_norm)
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return pkgutil.resolve_name(_LAZY[name])

@@ -4,12 +4,16 @@ are distributed: the names of its layers are the keys of that file.
 
 import csv
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from memvir.errors import UserError
 from memvir.models.backbone import Backbone
+
+if TYPE_CHECKING:
+    from memvir.models.settings import Model
 
 BLOCKS = Path(__file__).with_name("bn_inception_layers.csv")
 """One row per block: the output channels of its convolutions (empty: no such layer), its pooling, and the stride of its
@@ -20,8 +24,7 @@ class BNInception(Backbone):
     """forward: images (B, 3, H, W) -> features (B, 1024, H/32, W/32), after ReLU; UserError unless H and W are
     multiples of 32, at which its branches come out in one size.
 
-    The ImageNet weights expect BGR from 0 to 255 minus (104, 117, 128). Every convolution has a bias and is followed
-    by BatchNorm and ReLU; a block concatenates its branches.
+    Every convolution has a bias and is followed by BatchNorm and ReLU; a block concatenates its branches.
 
     Without weights, convolutions start with He-normal weights (fan-in, gain of ReLU) and zero biases: these keep the
     scale of activations through the depth even where BatchNorm is frozen at its initial statistics.
@@ -45,6 +48,16 @@ class BNInception(Backbone):
         with BLOCKS.open(newline="") as file:
             for row in csv.DictReader(file):
                 self._blocks.append(self._block(row))
+
+    @classmethod
+    def from_settings(cls, model: "Model", in_channels: int) -> "BNInception":
+        return cls()
+
+    @staticmethod
+    def preprocessing(backbone: str) -> dict[str, Any]:
+        """What the ImageNet weights expect."""
+        scale = {"channels": "bgr", "value_range": 255, "mean": [104.0, 117.0, 128.0], "std": [1.0, 1.0, 1.0]}
+        return {"size": 224, **scale, "test": {"resize": 256}}
 
     def forward(self, images: Tensor) -> Tensor:
         if images.shape[2] % 32 or images.shape[3] % 32:

@@ -1,10 +1,14 @@
 """A few convolutions for small images: what trains on a CPU in minutes."""
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from torch import nn
 
 from memvir.models.backbone import Backbone
+
+if TYPE_CHECKING:
+    from memvir.models.settings import Model
 
 
 class ConvNet(nn.Sequential, Backbone):
@@ -23,3 +27,7 @@ class ConvNet(nn.Sequential, Backbone):
         super().__init__(*layers)
         self.in_channels = in_channels
         self.features_dim = widths[-1]
+
+    @classmethod
+    def from_settings(cls, model: "Model", in_channels: int) -> "ConvNet":
+        return cls(model.widths, in_channels)

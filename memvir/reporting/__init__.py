@@ -3,3 +3,7 @@
 Functions take paths, data frames and arrays, and know nothing of where the repository keeps them. The same inputs give
 the same bytes. Nothing here imports torch.
 """
+
+from memvir.extras import require
+
+require("experiment")

@@ -1,4 +1,4 @@
-"""Metrics and loss over epochs, and the growth of MemVir's virtual classes over steps."""
+"""Metrics and loss over epochs, and the growth of what is in use beside the batch over steps."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -7,9 +7,9 @@ from typing import Any
 import pandas as pd
 from matplotlib.axes import Axes
 
+from memvir.reporting.aggregation import HEADLINE_METRICS, metric_title
 from memvir.reporting.figures import house_style, line_styles, new_figure, save_figure
 from memvir.reporting.results import Line
-from memvir.reporting.tables import HEADLINE_METRICS, metric_title
 
 BAND = "lines: mean over seeds; bands: ± one sample standard deviation"
 PER_CENT = 100.0
@@ -81,7 +81,7 @@ def _draw_curve(histories: Histories, lines: Sequence[Line], num_seeds: int, col
     axes.set_xlim(left=0)
     axes.set_ylabel(_title(column) if column == "loss" else f"{metric_title(column)} on the test classes (%)")
     title = BAND if num_seeds > 1 else "one seed"
-    title += "\nMemVir's loss runs over virtual classes too" if column == "loss" else ""
+    title += "\nMemVir and its like: over what they add to the batch too" if column == "loss" else ""
     figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=2, title=title, title_fontsize=8)
     save_figure(figure, stem)
 
@@ -107,13 +107,13 @@ def _plot(axes: Axes, curves: Mapping[str, pd.DataFrame], lines: Sequence[Line],
 
 
 def draw_growth(growths: Histories, histories: Histories, lines: Sequence[Line], stem: Path) -> None:
-    """Virtual classes and embeddings in use over steps, for the variants with MemVir, as stem.png and stem.svg.
+    """Virtual classes and embeddings in use over steps, for the variants that have any, as stem.png and stem.svg.
 
     Seeds do not change the growth: each variant shows its first run. The steps shown are those of the growth, with as
     much again around it; what lies before and after is constant.
     """
     runs = {variant: (growths[variant, seed], histories[variant, seed]) for variant, seed in reversed(list(growths))}
-    shown = [line for line in lines if line.variant in runs and runs[line.variant][0]["num_virtual_classes"].max() > 0]
+    shown = [line for line in lines if line.variant in runs and len(runs[line.variant][0]) > 1]
     with house_style():
         figure = new_figure(6.4, 4.6)
         upper, lower = figure.subplots(2, 1, sharex=True)
@@ -121,7 +121,7 @@ def draw_growth(growths: Histories, histories: Histories, lines: Sequence[Line],
             _draw_steps(upper, lower, {line: runs[line.variant] for line in shown}, line_styles(lines))
             figure.legend(*upper.get_legend_handles_labels(), loc="outside lower center", ncols=2)
         else:
-            upper.text(0.5, 0.5, "no run has virtual classes", ha="center", transform=upper.transAxes)
+            upper.text(0.5, 0.5, "no run has virtual classes or embeddings", ha="center", transform=upper.transAxes)
         upper.set_title("What the loss sees beside the batch")
         upper.set_ylabel("virtual classes")
         lower.set_ylabel("virtual embeddings")
@@ -149,16 +149,18 @@ def _draw_steps(
         for axes, column in ((upper, "num_virtual_classes"), (lower, "num_virtual_embeddings")):
             steps, values = [*growth["step"], right], [*growth[column], growth[column].iloc[-1]]
             axes.step(steps, values, where="post", label=line.title, solid_capstyle="butt", **style)
-    for most, sets in sorted({(g["num_virtual_classes"].max(), _sets(g)) for g, _ in runs.values()}):
+    totals = {line: (growth["num_virtual_classes"].max(), growth) for line, (growth, _) in runs.items()}
+    for most, text in sorted({(most, _in_use(line, growth)) for line, (most, growth) in totals.items() if most}):
         place: dict[str, Any] = {"textcoords": "offset points", "xytext": (-2, 5), "ha": "right", "fontsize": 9}
-        upper.annotate(f"{sets}C = {most}, to the last step ({final_step})", (right, most), **place)
+        upper.annotate(f"{text}, to the last step ({final_step})", (right, most), **place)
     lower.annotate(f"none before step {first}", (left, 0), textcoords="offset points", xytext=(4, 5), fontsize=9)
     upper.set_xlim(left, right)
     for axes in (upper, lower):
         axes.set_ylim(bottom=0, top=1.2 * max(axes.get_ylim()[1] / 1.05, 1))
 
 
-def _sets(growth: pd.DataFrame) -> int:
-    """How many times C classes are in use at the end; the first set in use has C."""
-    in_use = growth.loc[growth["num_virtual_classes"] > 0, "num_virtual_classes"]
-    return round(in_use.max() / in_use.iloc[0])
+def _in_use(line: Line, growth: pd.DataFrame) -> str:
+    """The virtual classes in use at the end; MemVir's come in sets of C, and the first set in use is one."""
+    classes = growth["num_virtual_classes"]
+    sets = f"{round(classes.max() / classes[classes > 0].iloc[0])}C = " if line.wrapper == "MemVir" else ""
+    return f"{sets}{classes.max()}"

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unicodedata import east_asian_width
 
 import numpy as np
 import pandas as pd
@@ -12,14 +13,16 @@ from matplotlib.axes import Axes
 from matplotlib.patches import Rectangle
 from PIL import Image
 
-from memvir.errors import UserError
-from memvir.reporting.figures import house_style, new_figure, save_figure
+from memvir.errors import NotMade
+from memvir.images.decode import load, read_file
+from memvir.reporting.figures import house_style, legible, new_figure, save_figure
 
 HIT, MISS = "#1a7f37", "#c1121f"
 KINDS = ("best", "typical", "worst")
 # Inches; fixed places rather than a layout engine, so that rows line up across models.
 PICTURE, STEP, ROW = 0.88, 0.98, 1.5
 MARGIN, BLOCK_GAP, HEADER, FOOTER = 0.35, 0.25, 0.55, 0.3
+WIDE = "\0"  # the second half of a wide letter while lines are broken; no name holds it
 THUMBNAIL = 80  # pixels of the longer side: a report of photographs stays small
 
 
@@ -38,7 +41,7 @@ def read_embeddings(path: Path) -> np.ndarray:
         with np.load(path) as arrays:
             return arrays["embeddings"]
     except FileNotFoundError:
-        raise UserError(f"{path}: not found; this run has not been trained, run `dvc repro`") from None
+        raise NotMade(f"{path}: not found; this run has not been trained") from None
 
 
 def choose_queries(average_precision: np.ndarray, labels: np.ndarray, per_kind: int) -> list[tuple[str, int]]:
@@ -62,28 +65,50 @@ def choose_queries(average_precision: np.ndarray, labels: np.ndarray, per_kind: 
 
 
 def rank(
-    embeddings: Mapping[str, np.ndarray], labels: np.ndarray, *, per_kind: int = 2, num_neighbours: int = 5
+    embeddings: Mapping[str, np.ndarray],
+    labels: np.ndarray,
+    queries: np.ndarray | None = None,
+    *,
+    per_kind: int = 2,
+    num_neighbours: int = 5,
 ) -> tuple[list[tuple[str, int]], list[Ranking]]:
     """Choose queries by their average precision, averaged over the models so that it favours none, and rank for them.
 
     Args:
         embeddings: title -> (T, D) of each model.
         labels: (T,) classes.
+        queries: (T,) whether an image is one, if the others are a gallery; None: each is compared with all others.
     """
     from threadpoolctl import threadpool_limits
 
     from memvir import retrieval  # late: faiss
 
+    asked = gallery = np.arange(len(labels))
+    if queries is not None:
+        asked, gallery = np.flatnonzero(queries), np.flatnonzero(~queries)
+
+    def query(array: np.ndarray) -> np.ndarray | None:
+        return None if queries is None else array[asked]
+
     with threadpool_limits(1):  # the same sums on every machine
-        precisions = {title: retrieval.average_precision(table, labels) for title, table in embeddings.items()}
-        queries = choose_queries(np.mean(list(precisions.values()), axis=0), labels, per_kind)
-        rows = [row for _, row in queries]
-        nearest = min(num_neighbours, len(labels) - 1)
+        precisions = {
+            title: retrieval.average_precision(
+                table[gallery], labels[gallery], query=query(table), query_labels=query(labels)
+            )
+            for title, table in embeddings.items()
+        }
+        chosen = choose_queries(np.mean(list(precisions.values()), axis=0), labels[asked], per_kind)
+        rows = [row for _, row in chosen]
+        nearest = min(num_neighbours, len(gallery) - (queries is None))
         rankings = [
-            Ranking(title, precisions[title][rows], retrieval.nearest_neighbours(table, nearest)[1][rows])
+            Ranking(
+                title,
+                precisions[title][rows],
+                gallery[retrieval.nearest_neighbours(table[gallery], nearest, query=query(table))[1][rows]],
+            )
             for title, table in embeddings.items()
         ]
-    return queries, rankings
+    return [(kind, int(asked[row])) for kind, row in chosen], rankings
 
 
 def draw_neighbours(
@@ -140,7 +165,7 @@ def _show(axes: Axes, path: Path, name: str) -> None:
     axes.grid(False)
     for spine in axes.spines.values():
         spine.set_visible(False)
-    axes.set_xlabel(_short(name), fontsize=6.5, parse_math=False)
+    axes.set_xlabel(_short(name), fontsize=6.5)
 
 
 def _mark(axes: Axes, hit: bool) -> None:
@@ -153,9 +178,8 @@ def _mark(axes: Axes, hit: bool) -> None:
 
 
 def _thumbnail(path: Path) -> np.ndarray:
-    """The whole picture on a white square, so that frames line up."""
-    with Image.open(path) as image:
-        picture = image.convert("L" if image.mode in ("1", "L", "I;16") else "RGB")
+    """The whole picture, as the network's are decoded, on a white square, so that frames line up."""
+    picture = load(read_file(path), str(path))
     if max(picture.size) > THUMBNAIL:
         picture.thumbnail((THUMBNAIL, THUMBNAIL), Image.Resampling.LANCZOS)
     side = max(picture.size)
@@ -165,6 +189,8 @@ def _thumbnail(path: Path) -> np.ndarray:
 
 
 def _short(name: str, width: int = 16, lines: int = 3) -> str:
-    """A class name in a few short lines."""
-    words = name.replace("_", " ").replace("/", " ")
-    return "\n".join(textwrap.wrap(words, width, max_lines=lines, placeholder=" …")) or name
+    """A class name in a few short lines of so many letters; Chinese, Japanese and Korean ones take the room of two."""
+    words = legible(" ".join(name.replace("_", " ").replace("/", " ").split()))
+    padded = "".join(letter + WIDE * (east_asian_width(letter) in "WF") for letter in words)
+    wrapped = "\n".join(textwrap.wrap(padded, width, max_lines=lines, placeholder=" …"))
+    return wrapped.replace(WIDE, "") or name.strip()

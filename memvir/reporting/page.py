@@ -12,8 +12,10 @@ import pandas as pd
 from jinja2 import Environment, StrictUndefined
 
 from memvir.reporting import tables
-from memvir.reporting.results import PROTOCOLS, Line
-from memvir.reporting.tables import Experiment, Table
+from memvir.reporting.aggregation import Experiment, headline_metrics, metric_title, seeds_of
+from memvir.reporting.results import PROTOCOLS, UNTRAINED, Line
+from memvir.reporting.tables import Table
+from memvir.reporting.trials import Search
 
 MIME_TYPES = {".png": "image/png", ".svg": "image/svg+xml"}
 NOT_SET = "–"
@@ -50,13 +52,20 @@ class Changes:
 
 
 def render_page(
-    dataset: str, experiment: Experiment, sections: Sequence[Section], previous: Mapping[str, Any] | None
+    dataset: str,
+    experiment: Experiment,
+    sections: Sequence[Section],
+    previous: Mapping[str, Any] | None,
+    search: Search | None = None,
+    across: Sequence[Table] = (),
 ) -> str:
     """The page as HTML.
 
     Args:
         sections: figures; those whose file is missing are left out.
         previous: the `content` of the experiment in the report before, None if there is none.
+        search: how the settings were chosen, shown in the section `trials`.
+        across: this data set beside others.
     """
     summary, lines, current = experiment.summary, experiment.lines, experiment.content
     present = [
@@ -67,8 +76,11 @@ def render_page(
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=False, keep_trailing_newline=True)
     template = environment.from_string((files("memvir.reporting") / "page.html").read_text(encoding="utf-8"))
     metric_tables = [
-        (tables.metric_title(metric), [tables.metric_table(summary, lines, metric, protocol) for protocol in PROTOCOLS])
-        for metric in tables.headline_metrics(summary)
+        (
+            metric_title(metric),
+            [tables.metric_table(summary, lines, metric, protocol) for protocol in PROTOCOLS],
+        )
+        for metric in headline_metrics(summary)
     ]
     return template.render(
         dataset=dataset,
@@ -76,11 +88,14 @@ def render_page(
         verdicts=tables.verdicts(summary, lines),
         checks=experiment.checks,
         metric_tables=metric_tables,
-        runs=len(tables.seeds_of(summary)),
+        runs=len(seeds_of(summary)),
         comparison=tables.comparison_table(summary, lines),
+        space=tables.space_table(experiment.space, lines),
         published=tables.published_table(summary, lines, dataset),
         all_metrics=[tables.all_metrics_table(summary, lines, protocol) for protocol in PROTOCOLS],
         figures=present,
+        search=search,
+        across=across,
         changes=describe_changes(current, previous, lines),
         settings=settings_tables(current["settings"], lines),
         versions=_key_value_table("What the runs were made with", current["environment"], "What"),
@@ -88,10 +103,11 @@ def render_page(
 
 
 def _introduction(lines: Sequence[Line], summary: pd.DataFrame) -> str:
-    count = len(tables.seeds_of(summary))
+    count = len(seeds_of(summary))
+    titles = ", ".join(line.title for line in lines if line.variant != UNTRAINED)
     return (
         "Learning with memory-based virtual classes (Ko, Gu, Kim, ICCV 2021): "
-        f"{', '.join(line.title for line in lines)}, {count} run{'s' if count > 1 else ''} each. Trained on some "
+        f"{titles}, {count} run{'s' if count > 1 else ''} each. Trained on some "
         "classes of the data set, compared on how well images of other classes find their own kind."
     )
 
@@ -125,7 +141,7 @@ def describe_changes(current: Mapping[str, Any], previous: Mapping[str, Any] | N
         if after != before:
             change = NOT_SET if None in (after, before) else f"{round(after - before, 2) + 0.0:+.2f}"
             cells = [f"{value:.2f}" if value is not None else NOT_SET for value in (before, after)]
-            metric_rows.append([titles.get(variant, variant), tables.metric_title(metric), *cells, change])
+            metric_rows.append([titles.get(variant, variant), metric_title(metric), *cells, change])
     setting_rows = []
     for variant, key in _pairs(current["settings"], previous["settings"]):
         after, before = (_text(s["settings"].get(variant, {}).get(key)) for s in (current, previous))

@@ -1,18 +1,36 @@
 """The results of a data set's runs, read from their files, and whether they belong together."""
 
 import json
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
-from memvir.config import Recipe
-from memvir.errors import UserError
+from memvir.errors import NotMade, UserError
+from memvir.experiment.identity import flatten
+from memvir.experiment.settings import Recipe
+from memvir.wrappers import WRAPPERS
 
 PROTOCOLS = ("last", "best")
+UNTRAINED = "untrained"
+"""The line of the backbone before training; a run's result holds its metrics, those of its seed."""
+SPACE = {
+    "train_recall_at_1": "Recall@1, seen (%)",
+    "recall_at_1_gap": "gap to unseen",
+    "train_map": "MAP, seen (%)",
+    "map_gap": "gap to unseen",
+    "intra_class_distance": "Distance within classes",
+    "inter_class_distance": "between classes",
+    "distance_ratio": "ratio",
+    "spectral_decay": "Spectral decay",
+}
+"""What `space` of a result gives, for the last model, and how it is called."""
+PLAIN = "†"
+SEPARATOR, CONTROL = " + ", " (control)"
 Results = dict[tuple[str, int], dict[str, Any]]
 """(variant, seed) -> the content of its result file; a run without one is not there."""
 
@@ -27,21 +45,62 @@ class Line:
     """As the paper calls it; the title too, unless several variants share it."""
     baseline: str | None
     """The variant that its Diff. refers to."""
+    control: str | None = None
+    """The plain loss under this line's settings."""
+    origin: str = "untuned"
+    """Of its settings."""
+    plain_seeds: tuple[int, ...] = ()
+    """Seeds whose runs, MemVir or another wrapper by name, never had it in use; the title is marked then."""
+
+    @property
+    def wrapper(self) -> str:
+        """What stands around the loss, as the paper calls it, or nothing."""
+        return self.loss.rpartition(SEPARATOR)[0]
+
+    @property
+    def plain_loss(self) -> str:
+        return self.loss.rpartition(SEPARATOR)[2].removesuffix(CONTROL)
 
 
 def table_lines(recipe: Recipe, variants: Sequence[str]) -> list[Line]:
     """The lines of a recipe's tables, in the order of `variants`.
 
-    Where two variants would be called the same, (N, M) tells them apart, and where that is the same too, their name.
+    Where two variants would be called the same, their wrapper's numbers tell them apart, such as (N, M), and where
+    those are the same too, their name.
     """
     losses = {name: recipe.variants[name].display_name for name in variants}
     titles = dict(losses)
+    for name in variants:
+        if subject := recipe.variants[name].control_of:
+            wrapper = WRAPPERS[recipe.variants[subject].wrapper or ""].title
+            titles[name] = titles[name].replace(CONTROL, f" (control of {wrapper})")
     for name, title in _shared(titles).items():
-        memvir = recipe.variants[name].memvir
-        titles[name] = f"{title} ({memvir.num_steps}, {memvir.step_gap})" if memvir else title
+        settings = recipe.variants[name].wrapper_settings
+        titles[name] = f"{title} ({settings.numbers})" if settings and settings.numbers else title
     for name, title in _shared(titles).items():
         titles[name] = f"{title} [{name}]"
-    return [Line(name, titles[name], losses[name], recipe.baseline_of(name)) for name in variants]
+    return [
+        Line(
+            name,
+            titles[name],
+            losses[name],
+            recipe.baseline_of(name),
+            recipe.control_of(name),
+            recipe.variants[name].origin,
+        )
+        for name in variants
+    ]
+
+
+def comparisons(lines: Sequence[Line]) -> list[tuple[Line, Line]]:
+    """Every line that is compared, and with which: its baseline, and its control where the tables have one."""
+    by_variant = {line.variant: line for line in lines}
+    return [
+        (line, by_variant[other])
+        for line in lines
+        for other in (line.baseline, line.control)
+        if other is not None and other in by_variant
+    ]
 
 
 def _shared(titles: Mapping[str, str]) -> dict[str, str]:
@@ -60,12 +119,28 @@ def read_results(files: Mapping[tuple[str, int], Path]) -> Results:
         except FileNotFoundError:
             continue
         except (ValueError, KeyError, TypeError):
-            raise UserError(f"{path}: not a result file; delete it and run `dvc repro`") from None
+            raise UserError(f"{path}: not a result file; delete it and evaluate the run again") from None
         results[run] = content
     if not results:
         folder = next(iter(files.values())).parent.parent
-        raise UserError(f"{folder}: none of the {len(files)} runs has a result; run `dvc repro`")
+        raise NotMade(f"{folder}: none of the {len(files)} runs has a result")
     return results
+
+
+def mark_plain(lines: Sequence[Line], results: Results) -> list[Line]:
+    """The lines, those marked whose wrapper was never in use in a run. Older results do not tell."""
+    plain: dict[str, list[int]] = {}
+    for (variant, seed), content in results.items():
+        settings = content.get("settings", {})
+        unused = content.get("most_virtual_classes") == 0 and not content.get("most_virtual_embeddings")
+        if unused and any(settings.get(name) for name in WRAPPERS):
+            plain.setdefault(variant, []).append(seed)
+    return [
+        replace(line, title=f"{line.title}{PLAIN}", plain_seeds=tuple(plain[line.variant]))
+        if line.variant in plain
+        else line
+        for line in lines
+    ]
 
 
 def run_values(results: Results, lines: Sequence[Line], seeds: Sequence[int]) -> pd.DataFrame:
@@ -82,12 +157,31 @@ def run_values(results: Results, lines: Sequence[Line], seeds: Sequence[int]) ->
     return pd.DataFrame(rows, columns=["protocol", "metric", "variant", "seed", "value"])
 
 
-def flatten(content: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{"training": {"epochs": 60}} as {"training.epochs": 60}."""
-    flat: dict[str, Any] = {}
-    for key, value in content.items():
-        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
-    return flat
+def untrained_values(results: Results, seeds: Sequence[int]) -> pd.DataFrame:
+    """The same of the line UNTRAINED, which is the same in all variants; empty where no result has it."""
+    rows = []
+    for seed in seeds:
+        known = [content[UNTRAINED] for (_, s), content in results.items() if s == seed and UNTRAINED in content]
+        rows += [
+            (protocol, metric, UNTRAINED, seed, 100 * value)
+            for protocol in PROTOCOLS
+            for metric, value in (known[0] if known else {}).items()
+        ]
+    return pd.DataFrame(rows, columns=["protocol", "metric", "variant", "seed", "value"])
+
+
+def space_values(results: Results, lines: Sequence[Line], seeds: Sequence[int]) -> pd.DataFrame:
+    """The same of SPACE, of the last models; retrieval in per cent, and the gap is seen less unseen classes."""
+    rows = []
+    for line in lines:
+        for seed in seeds:
+            content = results.get((line.variant, seed), {})
+            space, last = content.get("space", {}), content.get("last", {})
+            values = {name: space.get(name, math.nan) * (100 if name.startswith("train_") else 1) for name in SPACE}
+            for metric in ("recall_at_1", "map"):
+                values[f"{metric}_gap"] = values[f"train_{metric}"] - 100 * last.get(metric, math.nan)
+            rows += [("last", name, line.variant, seed, value) for name, value in values.items()]
+    return pd.DataFrame(rows, columns=["protocol", "metric", "variant", "seed", "value"])
 
 
 def settings_of(results: Results, lines: Sequence[Line]) -> dict[str, dict[str, Any]]:
@@ -104,7 +198,7 @@ def environment_of(results: Results) -> dict[str, Any]:
     """What the runs were made with; several values where they differ."""
     seen: dict[str, list[str]] = {}
     for content in results.values():
-        for key, value in flatten(content.get("environment", {})).items():
+        for key, value in _environment(content).items():
             text = value if isinstance(value, str) else json.dumps(value)
             if text not in seen.setdefault(key, []):
                 seen[key].append(text)
@@ -126,6 +220,7 @@ def check_runs(results: Results, lines: Sequence[Line], seeds: Sequence[int]) ->
         if missing
         else Check(True, f"All {expected} runs are there: {len(lines)} variants, {len(seeds)} seeds each.")
     ]
+    checks.append(_check_origins(lines))
     if len(seeds) < 2:
         checks.append(Check(False, "One seed only: nothing here tells chance from effect."))
     mixed = [
@@ -138,6 +233,11 @@ def check_runs(results: Results, lines: Sequence[Line], seeds: Sequence[int]) ->
         if mixed
         else Check(True, "The runs of a variant differ in their seed alone.")
     )
+    plain = [f"{line.variant}/{seed}" for line in lines for seed in line.plain_seeds]
+    if plain:
+        checks.append(
+            Check(False, f"Nothing virtual was ever in use in {', '.join(plain)}: there the plain loss was trained.")
+        )
     lengths = {int(content.get("last_epoch", 0)) for content in results.values()}
     checks.append(
         Check(True, f"Every run has {lengths.pop()} epochs.")
@@ -147,13 +247,39 @@ def check_runs(results: Results, lines: Sequence[Line], seeds: Sequence[int]) ->
             f"Runs differ in length, from {min(lengths)} to {max(lengths)} epochs, which a difference may be due to.",
         )
     )
-    differing = _differing([flatten(content.get("environment", {})) for content in results.values()])
+    environment = environment_of(results)
+    differing = _differing([_environment(content) for content in results.values()])
     checks.append(
-        Check(False, f"Not all runs were made alike; they differ in {', '.join(differing)}.")
+        Check(
+            False,
+            "Not all runs were made alike; they differ in "
+            + "; ".join(f"{key} ({environment[key]})" for key in differing)
+            + ".",
+        )
         if differing
         else Check(True, "All runs were made on the same data, with the same software and kind of device.")
     )
     return checks
+
+
+def _environment(content: Mapping[str, Any]) -> dict[str, Any]:
+    """What a run was trained with, and its data; where that is not known, nothing."""
+    environment = content.get("made_by", {}).get("training", {}).get("environment", {})
+    return {**flatten(environment), **({"data": content["identity"]["index"]} if "identity" in content else {})}
+
+
+def _check_origins(lines: Sequence[Line]) -> Check:
+    """Whether both sides of every comparison were given the same chance."""
+    origins = {line.origin for line in lines}
+    if origins == {"tuned"}:
+        return Check(True, "Tuned on both sides: the settings of every line come from a search of the same size.")
+    if origins == {"published"}:
+        return Check(True, "The settings of every line are the published ones.")
+    titles = {name: ", ".join(line.title for line in lines if line.origin == name) for name in sorted(origins)}
+    which = "; ".join(f"{name}: {title}" for name, title in titles.items()) if len(origins) > 1 else "of all lines"
+    return Check(
+        False, f"An untuned comparison: no equal search was made for the settings {which}; a Diff. may be theirs."
+    )
 
 
 def _run_settings(content: Mapping[str, Any]) -> dict[str, Any]:

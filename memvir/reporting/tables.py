@@ -1,38 +1,46 @@
-"""Mean, Diff. and Std. over runs, and tables of them in the paper's form as Markdown, CSV, LaTeX and plain text.
+"""Tables of a data set's results, in the paper's form: what each cell says, whatever the format.
 
-All values are percentages, printed with two decimals; everything is computed from unrounded values and rounded once.
-That is the published tables' rule too: their Diff. is the difference of the means, not of the printed means.
+All values are percentages, printed with two decimals.
 """
 
 import math
-import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib.resources import files
-from pathlib import Path
-from typing import Any
 
 import pandas as pd
-from tabulate import tabulate
 
-from memvir.config import Recipe
-from memvir.reporting import results
-from memvir.reporting.results import PROTOCOLS, Check, Line, Results
+from memvir.reporting.aggregation import difference, headline_metrics, metric_title, rests_on, seeds_of
+from memvir.reporting.results import PLAIN, PROTOCOLS, SPACE, Line, comparisons
 
-HEADLINE_METRICS = ("recall_at_1", "rp", "map")
 MISSING = "missing"
 NOTHING = "–"
 PROTOCOL_TITLES = {
     "last": "after the last epoch",
     "best": "best epoch of each run, chosen on the test set",
 }
-CONFIDENCE = 0.95
+CONTROL = (
+    "(control of ...): the plain loss under the settings that were chosen for that line. Its Diff. is what these "
+    "settings do, and that line against it is what MemVir, or whatever it has in its place, does."
+)
+SEEN = (
+    "Seen classes are the training images, cropped as test images are and compared among themselves; the gap is theirs "
+    "less that of the test classes. Distances and spectral decay are the test images': the ratio is small where "
+    "classes are tight and far apart, the decay where all directions of the space are used."
+)
 MEANING = (
-    "Diff. is the mean of the MemVir runs minus the mean of the runs without it, in percentage points. Its 95 % "
-    "confidence interval (Welch's t) holds the true differences that these runs are compatible with: where it "
-    "contains 0, they do not show that MemVir changes this metric. p is the probability of a difference at least "
+    "Diff. is the mean of a line's runs minus the mean of those that it is compared with, in percentage points. Its "
+    "95 % confidence interval (Welch's t) holds the true differences that these runs are compatible with: where it "
+    "contains 0, they do not show that there is one in this metric. p is the probability of a difference at least "
     "this large if there were none; of twenty such tests without any effect about one falls below 0.05. Runs differ "
     "in their seed alone, so this speaks about seeds, not about other data."
+)
+
+
+TWO_SAMPLES = (
+    "The published values of Proxy Synthesis are over eight runs, those of MemVir and of the plain losses over five. "
+    "Of the plain losses these are the best five of the same eight, metric by metric; over all eight, which Proxy "
+    "Synthesis was compared with, their Recall@1 is 83.08 (Norm-SoftMax) and 83.28 (Proxy-NCA)."
 )
 
 
@@ -48,94 +56,6 @@ class Table:
     """How many of the first columns hold words rather than numbers."""
 
 
-@dataclass(frozen=True)
-class Experiment:
-    """A data set's results, aggregated: what tables and pages are made of."""
-
-    lines: list[Line]
-    results: Results
-    summary: pd.DataFrame
-    """What `summarise` gives."""
-    checks: list[Check]
-
-    @property
-    def content(self) -> dict[str, Any]:
-        """What a later report is compared with: metrics (`last`), settings and environment."""
-        return {
-            "metrics": to_metrics(self.summary),
-            "settings": results.settings_of(self.results, self.lines),
-            "environment": results.environment_of(self.results),
-        }
-
-
-def read_experiment(
-    recipe: Recipe, variants: Sequence[str], seeds: Sequence[int], result_file: Callable[[str, int], Path]
-) -> Experiment:
-    """Read and aggregate the results of a recipe's variants. Raises UserError if there is not one."""
-    lines = results.table_lines(recipe, variants)
-    found = results.read_results({(v, seed): result_file(v, seed) for v in variants for seed in seeds})
-    summary = summarise(results.run_values(found, lines, seeds), lines)
-    return Experiment(lines, found, summary, results.check_runs(found, lines, seeds))
-
-
-# ------------------------------------------------------------------------------------------------------- aggregation
-
-
-def summarise(values: pd.DataFrame, lines: Sequence[Line]) -> pd.DataFrame:
-    """Aggregate over seeds.
-
-    Args:
-        values: columns protocol, metric, variant, seed, value (per cent; NaN: the run is missing).
-        lines: the variants and what each is compared with.
-
-    Returns:
-        One row per (metric, protocol, variant): a column per seed, `count` of runs that there are, `mean` and `std`
-        (ddof = 1) over those, and for a variant with a baseline its `base_count`, `diff` = mean - baseline's mean with
-        the bounds `low` and `high` of its confidence interval, and `p` of Welch's t-test. NaN where something cannot
-        be said.
-    """
-    keys = ["metric", "protocol", "variant"]
-    index = pd.MultiIndex.from_frame(values[keys].drop_duplicates())
-    runs = values.pivot(index=keys, columns="seed", values="value").reindex(index)[list(values["seed"].unique())]
-    summary = runs.assign(count=runs.count(axis=1), mean=runs.mean(axis=1), std=runs.std(axis=1, ddof=1))
-    comparison = pd.DataFrame(index=summary.index, columns=["base_count", "diff", "low", "high", "p"], dtype=float)
-    for line in lines:
-        for metric, protocol, variant in summary.index:
-            if variant == line.variant and (metric, protocol, line.baseline) in summary.index:
-                ours, base = (runs.loc[metric, protocol, name].dropna() for name in (variant, line.baseline))
-                comparison.loc[(metric, protocol, variant)] = [len(base), *welch(ours.tolist(), base.tolist())]
-    return summary.join(comparison)
-
-
-def welch(ours: Sequence[float], base: Sequence[float]) -> tuple[float, float, float, float]:
-    """Difference of the means, bounds of its 95 % confidence interval, and p, for samples of unequal variance.
-
-    The bounds and p are NaN for a sample of one, and where neither sample varies.
-    """
-    from scipy.special import stdtr, stdtrit  # Student's t without the second that scipy.stats takes to import
-
-    if not ours or not base:
-        return (math.nan,) * 4
-    difference = sum(ours) / len(ours) - sum(base) / len(base)
-    if len(ours) < 2 or len(base) < 2:
-        return difference, math.nan, math.nan, math.nan
-    squares = [pd.Series(sample).var(ddof=1) / len(sample) for sample in (ours, base)]  # squared standard errors
-    error = math.sqrt(sum(squares))
-    if error == 0:
-        return difference, math.nan, math.nan, math.nan
-    freedom = sum(squares) ** 2 / sum(s**2 / (len(n) - 1) for s, n in zip(squares, (ours, base), strict=True))
-    half = float(stdtrit(freedom, (1 + CONFIDENCE) / 2)) * error
-    return difference, difference - half, difference + half, float(2 * stdtr(freedom, -abs(difference) / error))
-
-
-# ------------------------------------------------------------------------------------------------------------ tables
-
-
-def metric_title(metric: str) -> str:
-    """Recall@1 for recall_at_1, MAP for map."""
-    return f"Recall@{metric.removeprefix('recall_at_')}" if metric.startswith("recall_at_") else metric.upper()
-
-
 def metric_table(summary: pd.DataFrame, lines: Sequence[Line], metric: str, protocol: str) -> Table:
     """Loss | 1 | 2 | ... | Mean | Diff. | Std., as in the paper."""
     seeds = seeds_of(summary)
@@ -143,7 +63,7 @@ def metric_table(summary: pd.DataFrame, lines: Sequence[Line], metric: str, prot
     for line in lines:
         row = summary.loc[metric, protocol, line.variant]
         mark = "" if row["count"] == len(seeds) else "*"
-        diff_mark = "*" if _rests_on(row) < len(seeds) else ""
+        diff_mark = "*" if rests_on(row) < len(seeds) else ""
         runs = [MISSING if math.isnan(row[seed]) else f"{row[seed]:.2f}" for seed in seeds]
         rows.append(
             [line.title, *runs, _number(row["mean"], mark), _signed(row["diff"], diff_mark), _number(row["std"], mark)]
@@ -152,6 +72,7 @@ def metric_table(summary: pd.DataFrame, lines: Sequence[Line], metric: str, prot
             absent = ", ".join(str(seed) for seed in seeds if math.isnan(row[seed]))
             incomplete.append(f"{line.title}: {row['count']:.0f} of {len(seeds)} runs, without seed {absent}")
     notes = [f"* Not over all runs. {'; '.join(incomplete)}."] if incomplete else []
+    notes += _notes(lines)
     caption = f"{metric_title(metric)} (%), {PROTOCOL_TITLES[protocol]}"
     return Table(caption, ["Loss", *(str(seed) for seed in seeds), "Mean", "Diff.", "Std."], rows, notes)
 
@@ -170,34 +91,33 @@ def all_metrics_table(summary: pd.DataFrame, lines: Sequence[Line], protocol: st
             spread = "" if math.isnan(row["std"]) else f" ± {row['std']:.2f}"
             cells.append(MISSING if math.isnan(row["mean"]) else f"{row['mean']:.2f}{spread}{mark}")
         rows.append(cells)
-    notes = ["* Not over all runs."] if marked else []
+    notes = [*(["* Not over all runs."] if marked else []), *_notes(lines)]
     titles = [metric_title(metric) for metric in metrics]
     return Table(f"All metrics (%), mean ± Std., {PROTOCOL_TITLES[protocol]}", ["Loss", *titles], rows, notes)
 
 
 def comparison_table(summary: pd.DataFrame, lines: Sequence[Line]) -> Table | None:
     """Every Diff. with its confidence interval and p-value, `last` beside `best`; None if nothing is compared."""
-    variants = {line.variant for line in lines}
-    compared = [line for line in lines if line.baseline in variants]
+    compared = comparisons(lines)
     if not compared:
         return None
     expected = len(seeds_of(summary))
     rows: list[list[str]] = []
     marked = False
     for metric in headline_metrics(summary):
-        for line in compared:
-            cells = [metric_title(metric), line.title]
+        for line, other in compared:
+            cells = [metric_title(metric), line.title, other.title]
             for protocol in PROTOCOLS:
-                row = summary.loc[metric, protocol, line.variant]
-                mark = "*" if _rests_on(row) < expected else ""
+                row = difference(summary, metric, protocol, line.variant, other.variant)
+                mark = "*" if rests_on(row) < expected else ""
                 marked |= bool(mark)
                 cells += [_signed(row["diff"], mark), _interval(row), _p_value(row["p"])]
             rows.append(cells)
-    columns = ["Metric", "Loss"]
+    columns = ["Metric", "Loss", "against"]
     for protocol in PROTOCOLS:
         columns += [f"Diff. ({protocol})", "95 % CI", "p"]
-    notes = ["* Not over all runs.", MEANING] if marked else [MEANING]
-    return Table("Differences, with 95 % confidence intervals and Welch's p", columns, rows, notes, left=2)
+    notes = [*(["* Not over all runs."] if marked else []), *_notes(lines), MEANING]
+    return Table("Differences, with 95 % confidence intervals and Welch's p", columns, rows, notes, left=3)
 
 
 def published_table(summary: pd.DataFrame, lines: Sequence[Line], dataset: str) -> Table | None:
@@ -217,8 +137,38 @@ def published_table(summary: pd.DataFrame, lines: Sequence[Line], dataset: str) 
     if not rows:
         return None
     columns = ["Metric", "Loss", "Published", "Ours (best)", "Difference", "Ours (last)", "Difference"]
-    note = "The published values are the best epoch of each run, chosen on the test set: compare them with `best`."
-    return Table("Beside the published values (%)", columns, rows, [note], left=2)
+    notes = ["The published values are the best epoch of each run, chosen on the test set: compare them with `best`."]
+    if dataset == "cars196":
+        notes.append(TWO_SAMPLES)
+    return Table("Beside the published values (%)", columns, rows, [*_notes(lines), *notes], left=2)
+
+
+def space_table(space: pd.DataFrame | None, lines: Sequence[Line]) -> Table | None:
+    """What the last models make of the classes that they have seen beside the others; None if no result tells."""
+    if space is None:
+        return None
+    shown = [line for line in lines if line.variant in space.index.get_level_values("variant")]
+    rows = []
+    for line in shown:
+        cells = [line.title, NOTHING]
+        for metric in SPACE:
+            row, decimals = space.loc[metric, "last", line.variant], _decimals(metric)
+            spread = "" if math.isnan(row["std"]) else f" ± {row['std']:.{decimals}f}"
+            cells.append(NOTHING if math.isnan(row["mean"]) else f"{row['mean']:.{decimals}f}{spread}")
+        rows.append(cells)
+    for line, other in comparisons(shown):
+        cells = [line.title, other.title]
+        for metric in SPACE:
+            row, decimals = difference(space, metric, "last", line.variant, other.variant), _decimals(metric)
+            interval = [f"{row[name]:+.{decimals}f}" for name in ("diff", "low", "high")]
+            cells.append(NOTHING if math.isnan(row["low"]) else f"{interval[0]} [{interval[1]}, {interval[2]}]")
+        rows.append(cells)
+    caption = "Classes that training has seen and others, after the last epoch: mean ± Std., and Diff. [95 % CI]"
+    return Table(caption, ["Loss", "against", *SPACE.values()], rows, [*_notes(shown), SEEN], left=2)
+
+
+def _decimals(metric: str) -> int:
+    return 2 if metric.startswith(("train_", "recall", "map")) else 3
 
 
 @dataclass(frozen=True)
@@ -229,34 +179,36 @@ class Published:
 
 def published_means(dataset: str) -> dict[tuple[str, str], Published]:
     """(metric, loss in lower case) -> what the paper or its release gives for it on that data set."""
-    folder = files("memvir.reporting")
     means: dict[tuple[str, str], Published] = {}
-    table = pd.read_csv(str(folder / "published_table4_recall_at_1.csv"))
-    if dataset in table:
-        for loss, value in zip(table["loss"], table[dataset], strict=True):
-            means["recall_at_1", loss.casefold()] = Published(float(value), f"{value:.1f}")
+    for loss, value in table4_means(dataset).items():
+        means["recall_at_1", loss] = Published(value, f"{value:.1f}")
     if dataset == "cars196":
-        for row in published_runs().itertuples():
+        for row in pd.concat([published_runs(8), published_runs(5)]).itertuples():
             metric = {"Recall@1": "recall_at_1", "RP": "rp", "MAP": "map"}[row.metric]
-            means[metric, row.loss.casefold()] = Published(row.mean, f"{row.mean:.2f} ± {row.std:.2f}")
+            spread = "" if math.isnan(row.std) else f" ± {row.std:.2f}"
+            means[metric, row.loss.casefold()] = Published(row.mean, f"{row.mean:.2f}{spread}")
     return means
 
 
-def published_runs() -> pd.DataFrame:
-    """The paper's release on CARS196: metric, loss, run1 ... run5, mean, diff, std."""
-    return pd.read_csv(str(files("memvir.reporting") / "published_cars196_runs.csv"))
+def table4_means(dataset: str) -> dict[str, float]:
+    """Loss in lower case -> its Recall@1 in the paper's Table 4; empty for other data sets than the paper's."""
+    table = pd.read_csv(str(files("memvir.reporting") / "published_table4_recall_at_1.csv"), index_col="loss")
+    return {loss.casefold(): float(value) for loss, value in table.get(dataset, pd.Series(dtype=float)).items()}
+
+
+def published_runs(number: int = 5) -> pd.DataFrame:
+    """On CARS196, of MemVir's release (5) or of Proxy Synthesis's (8): metric, loss, run1 ..., mean and std."""
+    name = {5: "published_cars196_runs.csv", 8: "published_eight_runs.csv"}[number]
+    return pd.read_csv(str(files("memvir.reporting") / name))
 
 
 def verdicts(summary: pd.DataFrame, lines: Sequence[Line], protocol: str = "last") -> list[str]:
     """What the comparison of each pair says, metric by metric, as a sentence."""
-    titles = {line.variant: line.title for line in lines}
     sentences = []
-    for line in lines:
-        if line.baseline not in titles:
-            continue
+    for line, other in comparisons(lines):
         parts = []
         for metric in headline_metrics(summary):
-            row = summary.loc[metric, protocol, line.variant]
+            row = difference(summary, metric, protocol, line.variant, other.variant)
             if math.isnan(row["diff"]):
                 parts.append(f"{metric_title(metric)} cannot be compared, as runs are missing")
             elif math.isnan(row["low"]):
@@ -264,23 +216,20 @@ def verdicts(summary: pd.DataFrame, lines: Sequence[Line], protocol: str = "last
             else:
                 clear = "higher" if row["low"] > 0 else "lower" if row["high"] < 0 else "no clear difference"
                 parts.append(f"{metric_title(metric)} {_signed(row['diff'])} ({clear})")
-        sentences.append(f"{line.title} against {titles[line.baseline or '']}: {'; '.join(parts)}.")
+        sentences.append(f"{line.title} against {other.title}: {'; '.join(parts)}.")
     return sentences
 
 
-def seeds_of(summary: pd.DataFrame) -> list[Any]:
-    """The columns of `summarise` that are seeds."""
-    return list(summary.columns[: list(summary.columns).index("count")])
+def _notes(lines: Sequence[Line]) -> list[str]:
+    controls = {line.control for line in lines} & {line.variant for line in lines}
+    return [*_plain_notes(lines), *([CONTROL] if controls else [])]
 
 
-def _rests_on(row: pd.Series) -> int:
-    """How many runs of a variant, or of its baseline where that has fewer, a Diff. is made of."""
-    return int(row["count"] if pd.isna(row["base_count"]) else min(row["count"], row["base_count"]))
-
-
-def headline_metrics(summary: pd.DataFrame) -> list[str]:
-    """Those of the paper's three tables that were measured."""
-    return [metric for metric in HEADLINE_METRICS if metric in summary.index.get_level_values("metric")]
+def _plain_notes(lines: Sequence[Line]) -> list[str]:
+    seeds = {line.title: ", ".join(map(str, line.plain_seeds)) for line in lines if line.plain_seeds}
+    runs = "; ".join(f"{title.removesuffix(PLAIN)}, seed {numbers}" for title, numbers in seeds.items())
+    wrappers = " or ".join(dict.fromkeys(line.wrapper for line in lines if line.plain_seeds))
+    return [f"{PLAIN} Not {wrappers}: nothing virtual was ever in use in {runs}."] if runs else []
 
 
 def _number(value: float, mark: str = "") -> str:
@@ -297,128 +246,3 @@ def _interval(row: pd.Series) -> str:
 
 def _p_value(p: float) -> str:
     return NOTHING if math.isnan(p) else "< 0.001" if p < 0.0005 else f"{p:.3f}"
-
-
-# ----------------------------------------------------------------------------------------------------------- formats
-
-
-def to_text(table: Table) -> str:
-    """For a terminal."""
-    return "\n".join([table.caption, _tabulate(table, "simple"), *table.notes]) + "\n"
-
-
-def to_markdown(table: Table) -> str:
-    notes = "".join(f"\n{_escape_star(note)}\n" for note in table.notes)
-    return f"{_tabulate(table, 'pipe')}\n{notes}"
-
-
-def to_latex(table: Table, label: str) -> str:
-    """A booktabs table, ready to paste into a document that uses the package."""
-    tabular = re.sub(r"(?<![\w.-])-(?=\d)", "$-$", _tabulate(table, "latex_booktabs"))
-    caption = " ".join([_latex(table.caption) + ".", *map(_latex, table.notes)])
-    lines = [r"\begin{table}", r"\centering", rf"\caption{{{caption}}}", rf"\label{{{label}}}"]
-    return "\n".join([*lines, _symbols(tabular), r"\end{table}"]) + "\n"
-
-
-def to_csv(summary: pd.DataFrame, lines: Sequence[Line]) -> str:
-    """Every metric and protocol as numbers: a row per variant, four decimals, empty where missing."""
-    table = summary.astype({"base_count": "Int64"}).reset_index()
-    table.insert(3, "loss", table["variant"].map({line.variant: line.title for line in lines}))
-    return table.to_csv(index=False, float_format="%.4f", lineterminator="\n")
-
-
-def to_metrics(summary: pd.DataFrame, protocol: str = "last") -> dict[str, dict[str, dict[str, float]]]:
-    """variant -> metric -> {mean, std, diff} of the paper's three metrics: per cent, two decimals.
-
-    What rests on a part of the runs is left out. `last` is the default because it is the honest one, chosen without
-    the test set. The other Recall@k are in the tables: `dvc metrics show` gives every value a column.
-    """
-    expected = len(seeds_of(summary))
-    metrics: dict[str, dict[str, dict[str, float]]] = {}
-    for (metric, row_protocol, variant), row in summary.iterrows():
-        if row_protocol != protocol or metric not in HEADLINE_METRICS or row["count"] < expected:
-            continue
-        names = ("mean", "std") if _rests_on(row) < expected else ("mean", "std", "diff")
-        values = {name: round(float(row[name]), 2) + 0.0 for name in names if not math.isnan(row[name])}
-        metrics.setdefault(variant, {})[metric] = values
-    return metrics
-
-
-def to_terminal(experiment: Experiment, protocol: str = "last") -> str:
-    """The paper's three tables and what they say."""
-    summary, lines = experiment.summary, experiment.lines
-    parts = [to_text(metric_table(summary, lines, metric, protocol)) for metric in headline_metrics(summary)]
-    parts += verdicts(summary, lines, protocol)
-    parts += [f"Note: {check.text}" for check in experiment.checks if not check.passed]
-    return "\n".join(parts) + "\n"
-
-
-def to_document(experiment: Experiment, dataset: str) -> str:
-    """All tables as one Markdown page."""
-    summary, lines = experiment.summary, experiment.lines
-    notes = [f"- {'' if check.passed else '**Note:** '}{check.text}" for check in experiment.checks]
-    parts = [f"# Results on {dataset}", "\n".join(notes)]
-    for metric in headline_metrics(summary):
-        parts.append(f"## {metric_title(metric)}")
-        for protocol in PROTOCOLS:
-            parts += [
-                f"`{protocol}`: {PROTOCOL_TITLES[protocol]}",
-                to_markdown(metric_table(summary, lines, metric, protocol)),
-            ]
-    comparison = comparison_table(summary, lines)
-    if comparison:
-        parts += [
-            "## Differences",
-            to_markdown(comparison),
-            "\n".join(f"- {text}" for text in verdicts(summary, lines)),
-        ]
-    published = published_table(summary, lines, dataset)
-    if published:
-        parts += ["## Beside the published values", to_markdown(published)]
-    parts.append("## All metrics, mean ± Std.")
-    for protocol in PROTOCOLS:
-        parts += [
-            f"`{protocol}`: {PROTOCOL_TITLES[protocol]}",
-            to_markdown(all_metrics_table(summary, lines, protocol)),
-        ]
-    return "\n\n".join(part.strip() for part in parts) + "\n"
-
-
-def to_latex_document(summary: pd.DataFrame, lines: Sequence[Line], dataset: str) -> str:
-    """All tables, for \\input or for pasting one of them."""
-    tables = [
-        to_latex(metric_table(summary, lines, metric, protocol), f"tab:{dataset}-{metric.replace('_', '-')}-{protocol}")
-        for protocol in PROTOCOLS
-        for metric in headline_metrics(summary)
-    ]
-    tables += [
-        to_latex(all_metrics_table(summary, lines, protocol), f"tab:{dataset}-all-{protocol}") for protocol in PROTOCOLS
-    ]
-    for name, table in {
-        "differences": comparison_table(summary, lines),
-        "published": published_table(summary, lines, dataset),
-    }.items():
-        if table:
-            tables.append(to_latex(table, f"tab:{dataset}-{name}"))
-    return "% needs \\usepackage{booktabs}\n\n" + "\n".join(tables)
-
-
-def _tabulate(table: Table, form: str) -> str:
-    align = ["left"] * table.left + ["right"] * (len(table.columns) - table.left)
-    if form == "pipe":  # in this one format tabulate does not escape
-        table = Table(table.caption, table.columns, [[_escape_star(cell) for cell in row] for row in table.rows])
-    return tabulate(table.rows, table.columns, tablefmt=form, colalign=align, disable_numparse=True)
-
-
-def _escape_star(text: str) -> str:
-    return text.replace("*", r"\*").replace("|", r"\|")
-
-
-def _latex(text: str) -> str:
-    for character in "&%$#_{}":
-        text = text.replace(character, f"\\{character}")
-    return _symbols(text.replace("`", ""))
-
-
-def _symbols(text: str) -> str:
-    return text.replace("±", r"$\pm$").replace("−", "$-$").replace("–", "--")

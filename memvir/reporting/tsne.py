@@ -44,7 +44,7 @@ def read_snapshots(folder: Path) -> list[Snapshot]:
                 )
             )
     if not snapshots:
-        raise UserError(f"{folder}: no snapshots; give the variant `snapshots: [epoch, ...]` and run `dvc repro`")
+        raise UserError(f"{folder}: no snapshots; give the variant `snapshots: [epoch, ...]` and train it again")
     return sorted(snapshots, key=lambda snapshot: snapshot.epoch)
 
 
@@ -53,25 +53,29 @@ def embed_in_two_dimensions(
 ) -> np.ndarray:
     """t-SNE under the cosine distance, (P, D) -> (P, 2); the same input gives the same output.
 
-    Perplexity is lowered where there are too few points for it.
+    Perplexity is lowered where there are too few points for it. Without two principal components that differ, in one
+    dimension or where all points are one, it starts from random places.
     """
     import openTSNE  # takes seconds to import
     from threadpoolctl import threadpool_limits
 
     early, after = iterations
+    points = np.asarray(points, np.float64)
+    points = np.where(points.any(axis=1, keepdims=True), points, 1.0)  # zero has no direction: any one will do
+    spread = points.shape[1] > 1 and bool(np.ptp(points, axis=0).any())
     with threadpool_limits(1):  # more threads would add up in another order, and t-SNE amplifies every last digit
         tsne = openTSNE.TSNE(
             perplexity=min(perplexity, (len(points) - 1) / 3),
             metric="cosine",
             neighbors="exact",
-            initialization="pca",
+            initialization="pca" if spread else "random",
             negative_gradient_method="bh",
             early_exaggeration_iter=early,
             n_iter=after,
             n_jobs=1,
             random_state=seed,
         )
-        return np.asarray(tsne.fit(np.asarray(points, np.float64)))
+        return np.asarray(tsne.fit(points))
 
 
 def draw_tsne(

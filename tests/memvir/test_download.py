@@ -45,6 +45,19 @@ def test_the_first_address_that_works_is_used_and_returned(server: MisbehavingSe
     assert [path for path, _ in server.requests] == ["/missing", "/good"]
 
 
+@pytest.mark.parametrize("name", ["x" * 250, "[a]*?.bin"])
+def test_a_file_of_whatever_name_is_resumed_and_leaves_no_part(
+    server: MisbehavingServer, tmp_path: Path, name: str
+) -> None:
+    target = tmp_path / "folder" / name
+    broken = server.serve("broken", CONTENT, cut_at=[100_000, 0, 0])
+    with pytest.raises(DownloadError):
+        get(broken, target=target)
+    assert len(list(target.parent.iterdir())) == 2, "a part and what is known of it"
+    get(broken, target=target)
+    assert_complete(target)
+
+
 def test_a_complete_file_is_not_downloaded_again(server: MisbehavingServer, target: Path) -> None:
     good = server.serve("good", CONTENT)
     get(good, target=target)
@@ -277,7 +290,7 @@ def test_a_disk_that_fills_up_meanwhile_is_an_error_that_names_the_file(
 def test_without_a_terminal_plain_lines_tell_how_far_it_is(
     server: MisbehavingServer, target: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr("memvir.counter.SECONDS_BETWEEN_LINES", 0.0)
+    monkeypatch.setattr("memvir.progress.SECONDS_BETWEEN_LINES", 0.0)
     with caplog.at_level("INFO", logger="memvir"):
         get(server.serve("slow", CONTENT, piece=100_000), target=target)
     lines = [record.getMessage() for record in caplog.records]

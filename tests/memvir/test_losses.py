@@ -1,15 +1,17 @@
 """Each loss against a second, naive formula written out here, in float64, and against pytorch-metric-learning."""
 
+import inspect
 import math
+import sys
 
 import pytest
 import pytorch_metric_learning.losses as pml
 import torch
 from torch import nn
 
-from memvir import loss_names
 from memvir.errors import UserError
-from memvir.losses import LOSSES, build_loss, canonical_name
+from memvir.losses import DECLARATIONS, DISPLAY_NAMES, LOSSES, build_loss, canonical_name, loss_class
+from memvir.losses.declarations import declaration
 
 torch.set_num_threads(1)
 
@@ -142,14 +144,57 @@ def test_a_loss_takes_embeddings_of_any_length_except_softmax(name):
 @pytest.mark.parametrize(("canonical", "spelling"), [(name, s) for name in SPELLINGS for s in SPELLINGS[name]])
 def test_every_spelling_of_a_name_is_accepted(canonical, spelling):
     assert canonical_name(spelling) == canonical
-    assert type(build_loss(spelling, 3, 2)) is LOSSES[canonical]
+    assert type(build_loss(spelling, 3, 2)) is loss_class(canonical)
 
 
 def test_the_losses_agree_with_the_names_and_options_that_params_yaml_is_checked_against():
-    assert list(LOSSES) == list(loss_names.DISPLAY_NAMES) == list(loss_names.OPTIONS)
-    for name, loss in LOSSES.items():
-        assert loss.display_name == loss_names.DISPLAY_NAMES[name]
-        loss(3, 2, **dict.fromkeys(loss_names.OPTIONS[name], 0.25))
+    for name in LOSSES:
+        loss, declared = loss_class(name), DECLARATIONS[name]
+        assert loss.display_name == DISPLAY_NAMES[name]
+        ours = [cls for cls in loss.__mro__ if cls.__module__.startswith("memvir")]
+        taken = {name for cls in ours for name in inspect.signature(cls.__init__).parameters}
+        assert declared.options.keys() == taken - {"self", "num_classes", "dim", "generator", "kwargs"}
+        assert not any(option.required for option in declared.options.values())
+
+
+def test_what_a_file_declares_is_read_without_importing_it(tmp_path, monkeypatch):
+    (tmp_path / "two_losses.py").write_text(WRITTEN)
+    monkeypatch.syspath_prepend(tmp_path)
+    narrow = declaration("two_losses:Narrow")
+    assert narrow.display_name == "Narrow"
+    assert {name: (it.annotation, it.required) for name, it in narrow.options.items()} == {
+        "width": ("Positive", True),
+        "depth": ("float", False),
+        "kind": ("Literal['a', 'b']", False),
+        "margin": ("NonNegative", False),
+        "initialisation": (DECLARATIONS["cosface"].options["initialisation"].annotation, False),
+        "scale": ("Positive", False),
+    }
+    assert declaration("two_losses:Closed").options.keys() == {"width"}
+    assert "two_losses" not in sys.modules
+    with pytest.raises(UserError, match="two_losses has no class Wide; name the file that it is written in"):
+        declaration("two_losses:Wide")
+    with pytest.raises(UserError, match="no_losses: there is no such module"):
+        declaration("no_losses:Wide")
+
+
+WRITTEN = """
+from torch import nn
+from memvir.losses.cosface import CosFace as Base
+
+raise RuntimeError("imported")
+
+class Closed(Base):
+    def __init__(self, num_classes, dim, width): ...
+
+class Middle(Base):
+    factor = 1.0
+
+class Narrow(Middle, nn.Module):
+    display_name = "Narrow"
+
+    def __init__(self, num_classes, dim, width: "Positive", depth=1, *, kind: Literal["a", "b"] = "a", **kwargs): ...
+"""
 
 
 def test_an_unknown_loss_is_an_error_that_lists_the_choices():
@@ -158,17 +203,34 @@ def test_an_unknown_loss_is_an_error_that_lists_the_choices():
 
 
 def test_an_unknown_option_is_an_error_that_names_it():
-    with pytest.raises(UserError, match="Norm-SoftMax has no option 'margin'; it has: scale"):
+    with pytest.raises(UserError, match=r"Norm-SoftMax has no option 'margin'; it has: scale, initialisation$"):
         build_loss("NormSoftmax", 3, 2, margin=0.1)
 
 
 def test_proxies_are_initialised_as_published():
-    """METHOD.md, section 2: of the (D, C) matrix, Norm-SoftMax uniform within 1/sqrt(C), Proxy-NCA std sqrt(2/D)."""
+    """docs/METHOD.md, section 2: of a (D, C) matrix, Norm-SoftMax uniform within 1/sqrt(C), Proxy-NCA std sqrt(2/D)."""
     num_classes, dim = 400, 100
     norm_softmax = build_loss("norm_softmax", num_classes, dim).proxies
     assert norm_softmax.shape == (num_classes, dim)
     assert 0.99 / 20 < norm_softmax.abs().max() <= 1 / 20
     assert build_loss("proxy_nca", num_classes, dim).proxies.std().item() == pytest.approx(math.sqrt(2 / 100), rel=0.02)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_the_initialisation_of_the_proxies_can_be_chosen_for_every_loss(name):
+    num_classes, dim = 400, 100
+    for initialisation, size in {"uniform_c": 400, "uniform_d": 100}.items():
+        proxies = build_loss(name, num_classes, dim, initialisation=initialisation).proxies
+        assert 0.99 < proxies.abs().max() * math.sqrt(size) <= 1
+    for initialisation, size in {"normal_c": 400, "normal_d": 100}.items():
+        proxies = build_loss(name, num_classes, dim, initialisation=initialisation).proxies
+        assert proxies.std().item() == pytest.approx(math.sqrt(2 / size), rel=0.02)
+    default = {"proxy_nca": "normal_d", "proxy_anchor": "normal_c"}.get(name, "uniform_c")
+    same = [{}, {"initialisation": None}, {"initialisation": default}]
+    first, *others = (build_loss(name, 5, 4, **it, generator=torch.Generator().manual_seed(7)).proxies for it in same)
+    assert all(torch.equal(first, other) for other in others)
+    with pytest.raises(UserError, match="initialisation is uniform_c, uniform_d, normal_c or normal_d, not 'zeros'"):
+        build_loss(name, 5, 4, initialisation="zeros")
 
 
 @pytest.mark.parametrize("name", LOSSES)
@@ -200,3 +262,93 @@ def test_arcface_falls_with_the_angle_all_the_way_to_the_opposite():
     angles = torch.linspace(0, math.pi, 200, dtype=torch.float64)
     positives = loss.positive(torch.cos(angles))
     assert (positives.diff() < 0).all()
+
+
+# --- batches that do not fit -----------------------------------------------------------------------------------------
+
+
+FOUR = torch.randn(4, 6)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize(
+    ("embeddings", "labels", "message"),
+    [
+        (
+            FOUR,
+            torch.tensor([1, 2, 3, 5]),
+            "labels must be from 0 to 4, as the loss has 5 classes; these are from 1 to 5",
+        ),
+        (FOUR, torch.tensor([7, 8, 9, 9]), "these are from 7 to 9"),
+        (FOUR, torch.tensor([0, -1, 2, 3]), "these are from -1 to 3"),
+        (FOUR, torch.tensor([0, 1, 2, 2**63 + 1], dtype=torch.uint64), "labels must be from 0 to 4"),
+        (FOUR, torch.tensor([[0], [1], [2], [3]]), r"a tensor \(4,\) of integers.*not \(4, 1\) of torch.int64"),
+        (FOUR, torch.tensor([0, 1, 2]), r"not \(3,\) of torch.int64"),
+        (FOUR, torch.tensor(2), r"not \(\) of torch.int64"),
+        (FOUR, torch.tensor([0.0, 1.0, 2.0, 3.0]), r"not \(4,\) of torch.float32"),
+        (FOUR, torch.tensor([True, False, True, True]), r"not \(4,\) of torch.bool"),
+        (FOUR, torch.eye(4, 5), r"not \(4, 5\) of torch.float32"),
+        (FOUR, [0, 1, 2, 3], "labels must be a tensor.*not a list"),
+        (FOUR, None, "labels must be a tensor.*not a NoneType"),
+        (FOUR[:0], torch.tensor([], dtype=torch.int64), "the batch is empty"),
+        (FOUR[0], torch.tensor([0]), r"embeddings must be a tensor \(B, D\).*not \(6,\) of torch.float32"),
+        (FOUR[None], torch.tensor([0]), r"not \(1, 4, 6\) of torch.float32"),
+        (FOUR[:, :5], torch.tensor([0, 1, 2, 3]), "embeddings have 5 dimensions, the loss has 6"),
+        (FOUR.long(), torch.tensor([0, 1, 2, 3]), r"not \(4, 6\) of torch.int64"),
+        (FOUR.cfloat(), torch.tensor([0, 1, 2, 3]), r"not \(4, 6\) of torch.complex64"),
+        (FOUR.numpy(), torch.tensor([0, 1, 2, 3]), "not a ndarray"),
+        (
+            FOUR,
+            torch.empty(4, dtype=torch.int64, device="meta"),
+            "labels on meta and the loss on cpu; move them to one",
+        ),
+        (FOUR.to("meta"), torch.empty(4, dtype=torch.int64, device="meta"), "embeddings are on meta.*the loss on cpu"),
+    ],
+)
+def test_a_batch_that_does_not_fit_is_refused_in_one_sentence_by_every_loss(name, embeddings, labels, message):
+    with pytest.raises(UserError, match=message) as refusal:
+        build_loss(name, 5, 6)(embeddings, labels)
+    assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16, torch.int32, torch.uint16, torch.uint64])
+@pytest.mark.parametrize("name", LOSSES)
+def test_labels_of_any_integer_type_and_layout_are_the_same_labels(name, dtype):
+    loss, labels = build_loss(name, 5, 6), torch.tensor([0, 4, 2, 2])
+    assert loss(FOUR, labels.to(dtype)) == loss(FOUR, labels)
+    strided = torch.stack([labels, labels - 9], 1)[:, 0]
+    assert loss(FOUR, strided) == loss(FOUR, labels)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_embeddings_that_are_not_finite_are_no_fault_of_the_batch(name):
+    embeddings = FOUR.clone()
+    embeddings[1, 2] = math.nan
+    assert build_loss(name, 5, 6)(embeddings, torch.tensor([0, 1, 2, 3])).isnan()
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ((0, 6), "NormSoftMax: num_classes must be a whole number from 1, not 0"),
+        ((5, -1), "dim must be a whole number from 1, not -1"),
+        ((5.0, 6), "num_classes must be a whole number from 1, not 5.0"),
+        (("5", 6), "num_classes must be a whole number from 1, not '5'"),
+        ((5, None), "dim must be a whole number from 1, not None"),
+    ],
+)
+def test_sizes_that_are_no_whole_numbers_are_an_error(sizes, message):
+    with pytest.raises(UserError, match=message):
+        build_loss("norm_softmax", *sizes)
+
+
+@pytest.mark.parametrize("value", ["23", None, math.nan, math.inf, True, [1.0]])
+def test_an_option_that_is_no_number_is_an_error(value):
+    with pytest.raises(UserError, match="Norm-SoftMax: scale must be a number, not "):
+        build_loss("norm_softmax", 5, 6, scale=value)
+
+
+@pytest.mark.parametrize("name", [None, 3, ["softmax"]])
+def test_a_name_that_is_none_is_an_unknown_loss(name):
+    with pytest.raises(UserError, match="unknown loss"):
+        build_loss(name, 5, 6)

@@ -1,9 +1,12 @@
 """MemVir against its definition, written out here: everything concatenated, every logit computed at every step."""
 
+import copy
 import io
 import math
 
 import pytest
+import pytorch_metric_learning.losses as pml
+import pytorch_metric_learning.reducers
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
@@ -190,6 +193,175 @@ def test_a_users_own_loss_works_unmodified():
             memvir.proxies.mul_(0.9)
 
 
+@pytest.mark.parametrize("concatenate", [False, True])
+def test_gradients_accumulate_over_several_forwards_as_those_of_the_definition_do(concatenate):
+    torch.manual_seed(0)
+    memvir = MemVir(build_loss("norm_softmax", 4, 6).double(), 3, 1, concatenate=concatenate)
+    definition = Definition(DEFINITIONS["norm_softmax"], 3, 1)
+    data = list(batches(24))
+    for start in range(0, 24, 3):
+        parts = data[start : start + 3]
+        actual = sum(memvir(*part) for part in parts)
+        expected = sum(definition(e, memvir.proxies, y, enabled=True) for e, y in parts)
+        inputs = [memvir.proxies, *(embeddings for embeddings, _ in parts)]
+        torch.testing.assert_close(actual, expected, rtol=1e-12, atol=0)
+        for got, want in zip(torch.autograd.grad(actual, inputs), torch.autograd.grad(expected, inputs), strict=True):
+            torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-13)
+        with torch.no_grad():
+            memvir.proxies.mul_(-0.9)
+
+
+# --- losses of other people -------------------------------------------------------------------------------------------
+
+
+PYTORCH_METRIC_LEARNING = {
+    "NormalizedSoftmaxLoss": {},
+    "CosFaceLoss": {},
+    "ArcFaceLoss": {},
+    "LargeMarginSoftmaxLoss": {},
+    "SphereFaceLoss": {},
+    "ProxyNCALoss": {"softmax_scale": 12},
+    "ProxyAnchorLoss": {},
+    "SubCenterArcFaceLoss": {"sub_centers": 3},
+    "SoftTripleLoss": {"centers_per_class": 2},
+}
+
+
+def theirs(name, num_classes):
+    options = PYTORCH_METRIC_LEARNING[name]
+    return getattr(pml, name)(num_classes=num_classes, embedding_size=6, **options).double()
+
+
+def their_parameter(loss):
+    (parameter,) = loss.parameters()
+    return parameter, parameter.T if parameter.shape[0] == 6 else parameter
+
+
+@pytest.mark.parametrize("name", PYTORCH_METRIC_LEARNING)
+def test_a_loss_of_pytorch_metric_learning_is_that_loss_built_for_all_classes_and_given_everything(name):
+    """The reference is a loss of (n+1)C classes of its own, whose proxies are overwritten with all that are in use."""
+    torch.manual_seed(0)
+    memvir = MemVir(theirs(name, 4), 3, 1)
+    parameter, _ = their_parameter(memvir.loss)
+
+    def formula(embeddings, proxies, labels):
+        reference = theirs(name, num_classes=4 * len(proxies) // rows)
+        labels = labels // rows * 4 + labels % rows  # the definition counts a class for each proxy
+        name_of_parameter, own = next(reference.named_parameters())
+        proxies = proxies.T if own.shape[0] == 6 else proxies
+        return torch.func.functional_call(reference, {name_of_parameter: proxies}, (embeddings, labels))
+
+    rows = parameter.numel() // 6
+    definition = Definition(formula, 3, 1)
+    for embeddings, labels in batches(14):
+        actual = memvir(embeddings, labels)
+        expected = definition(embeddings, their_parameter(memvir.loss)[1], labels, enabled=True)
+        torch.testing.assert_close(actual, expected, rtol=1e-10, atol=0)
+        inputs = (embeddings, parameter)
+        for got, want in zip(torch.autograd.grad(actual, inputs), torch.autograd.grad(expected, inputs), strict=True):
+            torch.testing.assert_close(got, want, rtol=1e-8, atol=1e-12)
+        with torch.no_grad():
+            parameter.add_(torch.randn_like(parameter), alpha=0.1)
+    assert memvir.num_virtual_classes == 12
+    memvir.eval()
+    assert memvir(embeddings, labels) == memvir.loss(embeddings, labels)  # and it believes in C classes again
+
+
+@pytest.mark.parametrize(
+    ("ours", "name", "options"),
+    [
+        ("norm_softmax", "NormalizedSoftmaxLoss", {"temperature": 1 / 23}),
+        ("cosface", "CosFaceLoss", {}),
+        ("proxy_nca", "ProxyNCALoss", {"softmax_scale": 12}),
+        ("proxy_anchor", "ProxyAnchorLoss", {}),
+    ],
+)
+def test_with_virtual_classes_their_losses_are_ours(ours, name, options):
+    torch.manual_seed(0)
+    loss = getattr(pml, name)(num_classes=4, embedding_size=6, **options).double()
+    quick, concatenated = MemVir(build_loss(ours, 4, 6).double(), 3, 1), MemVir(loss, 3, 1)
+    with torch.no_grad():
+        quick.proxies.copy_(concatenated.proxies)
+    for embeddings, labels in batches(10):
+        torch.testing.assert_close(quick(embeddings, labels), concatenated(embeddings, labels), rtol=1e-9, atol=0)
+
+
+def test_a_loss_of_pytorch_metric_learning_trains_saves_and_resumes():
+    torch.manual_seed(0)
+    memvir, resumed = (MemVir(pml.ArcFaceLoss(4, 6), 2, 1) for _ in range(2))
+    data = list(batches(12, dtype=torch.float32))
+    train(memvir, data[:7])
+    resumed.load_state_dict(memvir.state_dict())
+    assert train(resumed, data[7:]) == train(memvir, data[7:])
+
+
+class Counting(PlainSoftMax):
+    """Fixed to its number of classes, and it counts its calls."""
+
+    def __init__(self, num_classes, dim):
+        super().__init__(num_classes, dim)
+        self.register_buffer("calls", torch.zeros(()))
+        self.size = num_classes
+
+    def forward(self, embeddings, labels):
+        self.calls += 1
+        one_hot = F.one_hot(labels, self.size)
+        return (embeddings @ self.proxies.T).mul(one_hot).sum()
+
+
+def test_a_loss_that_cannot_take_more_classes_is_refused_at_once_and_left_as_it_was():
+    loss = Counting(4, 6)
+    with pytest.raises(UserError, match=r"Counting with more classes.*fails \(.*\); let it take.*`num_classes`"):
+        MemVir(loss, 3, 1)
+    assert loss.calls == 0
+    MemVir(loss, 0, 0)  # of which none are asked for
+
+
+class WithProperty(PlainSoftMax):
+    @property
+    def num_classes(self):
+        return len(self.proxies)
+
+    def forward(self, embeddings, labels):
+        one_hot = F.one_hot(labels, self.num_classes)
+        return -((embeddings @ self.proxies.T).log_softmax(1) * one_hot).sum(1).mean()
+
+
+def test_a_loss_that_computes_its_number_of_classes_works():
+    torch.manual_seed(0)
+    memvir, definition = MemVir(WithProperty(4, 6), 2, 0), Definition(DEFINITIONS["softmax"], 2, 0)
+    for embeddings, labels in batches(6):
+        expected = definition(embeddings, memvir.proxies, labels, enabled=True)
+        torch.testing.assert_close(memvir(embeddings, labels), expected, rtol=1e-12, atol=0)
+
+
+def test_a_loss_that_is_not_one_number_is_refused():
+    per_embedding = pml.NormalizedSoftmaxLoss(4, 6, reducer=pytorch_metric_learning.reducers.DoNothingReducer())
+    with pytest.raises(UserError, match="the mean loss, one number; NormalizedSoftmaxLoss returns"):
+        MemVir(per_embedding, 3, 1)
+
+
+@pytest.mark.parametrize(
+    "loss", [pml.TripletMarginLoss(), pml.P2SGradLoss(6, 4), nn.CrossEntropyLoss(), nn.Linear(4, 6), "softmax"]
+)
+def test_a_loss_without_proxies_is_an_error(loss):
+    with pytest.raises(UserError, match=r"parameter `proxies` \(C, D\), or `W` or `fc`.*; \w+ has none"):
+        MemVir(loss, 1, 1)
+
+
+def test_under_autocast_a_loss_of_other_people_is_computed_in_float32_before_and_after_the_warm_up():
+    torch.manual_seed(0)
+    loss = pml.ArcFaceLoss(4, 6)
+    memvir, without = MemVir(loss, 2, 0), MemVir(loss, 2, 0)
+    for step, (embeddings, labels) in enumerate(batches(6, dtype=torch.float32)):
+        memvir.enabled = without.enabled = step > 2
+        half = embeddings.detach().bfloat16()
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            value = memvir(half, labels)
+        assert value.dtype == loss.W.dtype == torch.float32
+        assert value == without(half.float(), labels)
+
+
 # --- use in a training loop -------------------------------------------------------------------------------------------
 
 
@@ -288,6 +460,147 @@ def test_steps_in_use_are_those_of_the_last_forward_newest_first(concatenate):
         assert [k for k, _, _, _ in memvir.steps_in_use()] == list(range(1, len(definition.used) + 1))
         with torch.no_grad():
             memvir.proxies.mul_(-0.9)
+
+
+@pytest.mark.parametrize("concatenate", [False, True])
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_validation_in_eval_mode_changes_no_later_step(mode, concatenate):
+    torch.manual_seed(0)
+    loss = build_loss("norm_softmax", 4, 6).double()
+    memvir, undisturbed = (MemVir(loss, 2, 1, concatenate=concatenate) for _ in range(2))
+    validation = list(batches(2, batch_size=9, seed=1))
+    for embeddings, labels in batches(9):
+        memvir.eval()
+        with mode():
+            for batch in validation:
+                assert memvir(*batch) == loss(*batch)
+        memvir.train()
+        assert memvir(embeddings, labels) == undisturbed(embeddings, labels)
+
+
+@pytest.mark.parametrize("name", ["norm_softmax", "softmax", "proxy_anchor"])
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_a_step_without_gradients_is_a_step_and_training_goes_on_after_it(mode, name):
+    torch.manual_seed(0)
+    memvir, with_gradients = (MemVir(build_loss(name, 4, 6).double(), 2, 0) for _ in range(2))
+    with_gradients.load_state_dict(memvir.state_dict())
+    for step, (embeddings, labels) in enumerate(batches(9, batch_size=5)):
+        expected = with_gradients(embeddings, labels)
+        if step % 3 == 0:
+            with mode():
+                assert memvir(embeddings, labels) == expected
+        else:
+            actual = memvir(embeddings, labels)
+            got, want = (torch.autograd.grad(loss, embeddings)[0] for loss in (actual, expected))
+            assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("loss", [build_loss(name, 4, 6) for name in LOSSES] + [pml.ProxyAnchorLoss(4, 6)], ids=repr)
+@pytest.mark.parametrize("through_a_file", [False, True])
+def test_a_copy_goes_on_as_the_original_and_apart_from_it(loss, through_a_file):
+    memvir = MemVir(copy.deepcopy(loss), 3, 1)
+    data = list(batches(16, dtype=torch.float32))
+    train(memvir, data[:7])  # the seventh is pending
+    if through_a_file:
+        file = io.BytesIO()
+        torch.save(memvir, file)
+        file.seek(0)
+        duplicate = torch.load(file, weights_only=False)
+    else:
+        duplicate = copy.deepcopy(memvir)
+    expected = train(memvir, data[7:])
+    assert train(duplicate, data[7:]) == expected
+    assert all(torch.equal(*pair) for pair in zip(memvir.buffers(), duplicate.buffers(), strict=True))
+
+
+def test_data_parallel_is_refused_with_what_to_wrap_instead():
+    """What torch calls to copy a module for each GPU, at each batch; where there is no GPU it copies nothing."""
+    with pytest.raises(UserError, match=r"DataParallel.*wrap the embedder alone"):
+        MemVir(build_loss("norm_softmax", 4, 6), 2, 0)._replicate_for_data_parallel()
+
+
+# --- steps that are not finite ---------------------------------------------------------------------------------------
+
+
+def broken(embeddings, value, rows):
+    embeddings = embeddings.detach().clone()
+    embeddings[rows, 1] = value
+    return embeddings.requires_grad_()
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 1e200])
+@pytest.mark.parametrize("step", [0, 1, 7])
+@pytest.mark.parametrize("name", LOSSES)
+def test_rows_that_are_not_finite_make_their_own_step_nan_and_are_zeros_to_later_ones(name, step, value):
+    torch.manual_seed(0)
+    quick = MemVir(build_loss(name, 4, 6).double(), 3, 1)
+    concatenated = MemVir(quick.loss, 3, 1, concatenate=True)
+    definition = Definition(DEFINITIONS[name], 3, 1)
+    for number, (embeddings, labels) in enumerate(batches(18)):
+        if number == step:
+            bad, zeros = broken(embeddings, value, [0, 3]), embeddings.detach().clone()
+            zeros[[0, 3]] = 0
+            definition(zeros, quick.proxies, labels, enabled=True)
+            for memvir in (quick, concatenated):
+                loss = memvir(bad, labels)
+                assert loss.isnan()
+                for gradient in torch.autograd.grad(loss, (bad, quick.proxies)):
+                    assert gradient.isnan().all()  # so that every optimiser's GradScaler skips the step
+            continue
+        inputs = (embeddings, quick.proxies)
+        expected = definition(*inputs, labels, enabled=True)
+        gradients = torch.autograd.grad(expected, inputs)
+        for memvir in (quick, concatenated):
+            actual = memvir(embeddings, labels)
+            torch.testing.assert_close(actual, expected, rtol=1e-11, atol=0)
+            for got, want in zip(torch.autograd.grad(actual, inputs), gradients, strict=True):
+                torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_proxies_that_are_not_finite_leave_the_memory_with_the_step(name):
+    """As when a user loads the last good proxies into a run that has diverged."""
+    torch.manual_seed(0)
+    quick = MemVir(build_loss(name, 4, 6), 3, 0)
+    concatenated = MemVir(quick.loss, 3, 0, concatenate=True)
+    good = quick.proxies.detach().clone()
+    for step, (embeddings, labels) in enumerate(batches(10, dtype=torch.float32)):
+        with torch.no_grad():
+            quick.proxies.copy_(good)
+            if step == 4:
+                quick.proxies[1, 2] = math.nan
+        losses = quick(embeddings, labels), concatenated(embeddings, labels)
+        assert all(loss.isnan() if step == 4 else loss.isfinite() for loss in losses)
+        torch.testing.assert_close(*losses, equal_nan=True)
+
+
+def test_a_loss_of_other_people_goes_on_after_a_step_that_is_not_finite():
+    torch.manual_seed(0)
+    memvir = MemVir(pml.ProxyAnchorLoss(4, 6), 3, 0)
+    for step, (embeddings, labels) in enumerate(batches(8, dtype=torch.float32)):
+        loss = memvir(broken(embeddings, math.nan, [2]) if step == 3 else embeddings, labels)
+        assert loss.isnan() if step == 3 else loss.isfinite()
+
+
+def test_a_grad_scaler_skips_a_step_that_overflows_and_the_run_goes_on():
+    torch.manual_seed(0)
+    layer, memvir = nn.Linear(8, 6), MemVir(build_loss("norm_softmax", 4, 6), 2, 0)
+    optimisers = [torch.optim.Adam(part.parameters(), lr=0.01) for part in (layer, memvir)]
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    changed = []
+    for step in range(9):
+        before = [parameter.clone() for parameter in (*layer.parameters(), memvir.proxies)]
+        images = torch.randn(5, 8) * (1e5 if step in (0, 4) else 1)
+        loss = memvir(layer(images).half(), torch.randint(4, (5,)))  # beyond 65,504 is infinite
+        for optimiser in optimisers:
+            optimiser.zero_grad()
+        scaler.scale(loss).backward()
+        for optimiser in optimisers:
+            scaler.step(optimiser)
+        scaler.update()
+        after = (*layer.parameters(), memvir.proxies)
+        changed.append([not torch.equal(*pair) for pair in zip(before, after, strict=True)])
+    assert changed == [[step not in (0, 4)] * 3 for step in range(9)]
 
 
 # --- saving -----------------------------------------------------------------------------------------------------------
@@ -389,21 +702,99 @@ def test_stored_in_bfloat16_the_memory_takes_half_and_the_loss_is_close():
     assert rounded.past_proxies.nbytes * 2 == exact.past_proxies.nbytes
 
 
+@pytest.mark.parametrize("concatenate", [False, True])
+@pytest.mark.parametrize("name", LOSSES)
+def test_a_module_that_moves_to_another_device_takes_its_memory_along(name, concatenate):
+    memvir = MemVir(build_loss(name, 4, 6), 2, 0, concatenate=concatenate)
+    for embeddings, labels in batches(5, dtype=torch.float32):
+        memvir(embeddings, labels)
+    memvir.to("meta")
+    tensors = [*memvir.state_dict().values(), *memvir.get_extra_state()["pending"].values()]
+    assert {tensor.device.type for tensor in tensors if torch.is_tensor(tensor)} == {"meta"}
+    for embeddings, labels in batches(3, batch_size=7, dtype=torch.float32):
+        assert memvir(embeddings.detach().to("meta"), labels.to("meta")).device.type == "meta"
+    assert memvir.num_virtual_classes == 8
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_a_module_that_is_made_double_goes_on_in_double(name):
+    torch.manual_seed(0)
+    memvir, definition = MemVir(build_loss(name, 4, 6), 2, 0), Definition(DEFINITIONS[name], 2, 0)
+    for step, (embeddings, labels) in enumerate(batches(8, dtype=torch.float32)):
+        if step == 4:
+            memvir.double()
+            definition.steps = [(e.double(), w.double(), y) for e, w, y in definition.steps]
+        embeddings = embeddings.to(memvir.proxies.dtype)
+        actual, expected = memvir(embeddings, labels), definition(embeddings, memvir.proxies, labels, enabled=True)
+        assert actual.dtype == memvir.proxies.dtype == memvir.past_proxies.dtype
+        torch.testing.assert_close(actual, expected, rtol=1e-5, atol=0)  # the memory itself is that of float32
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", LOSSES)
+def test_a_module_that_is_made_half_keeps_a_memory_that_is_exact(name, dtype):
+    torch.manual_seed(0)
+    memvir, definition = MemVir(build_loss(name, 4, 6), 2, 0), Definition(DEFINITIONS[name], 2, 0)
+    for step, (embeddings, labels) in enumerate(batches(8, dtype=torch.float32)):
+        if step == 4:
+            memvir.to(dtype)
+        embeddings = embeddings.detach().to(memvir.proxies.dtype)
+        expected = definition(embeddings.float(), memvir.proxies.float(), labels, enabled=True)
+        torch.testing.assert_close(memvir(embeddings, labels), expected, rtol=1e-5, atol=0)
+    assert {buffer.dtype for buffer in memvir.buffers()} == {torch.float32, torch.int64}
+
+
+@pytest.mark.parametrize("storage_dtype", ["bfloat16", "float64"])
+def test_what_is_stored_keeps_its_type_when_the_module_changes_its_own(storage_dtype):
+    memvir = MemVir(build_loss("norm_softmax", 4, 6), 2, 0, storage_dtype=storage_dtype)
+    for embeddings, labels in batches(4, dtype=torch.float32):
+        memvir(embeddings, labels)
+    memvir.double().to(torch.bfloat16)
+    assert memvir.past_embeddings.dtype == memvir.past_proxies.dtype == getattr(torch, storage_dtype)
+
+
 # --- errors -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("num_steps", "step_gap"), [(-1, 0), (0, -1)])
-def test_negative_settings_are_an_error(num_steps, step_gap):
-    with pytest.raises(UserError, match=f"0 or more, not {num_steps} and {step_gap}"):
+@pytest.mark.parametrize(("num_steps", "step_gap"), [(-1, 0), (0, -1), (2.0, 0), (2, "1"), (None, 0)])
+def test_settings_that_are_not_whole_numbers_from_0_are_an_error(num_steps, step_gap):
+    with pytest.raises(UserError, match=f"0 or more, not {num_steps} and {step_gap}; use whole numbers"):
         MemVir(build_loss("norm_softmax", 4, 6), num_steps, step_gap)
 
 
-def test_a_loss_without_proxies_is_an_error():
-    with pytest.raises(UserError, match=r"parameter `proxies`.*CrossEntropyLoss has none"):
-        MemVir(nn.CrossEntropyLoss(), 1, 1)
+@pytest.mark.parametrize("enabled", [False, True])
+@pytest.mark.parametrize("loss", [build_loss("proxy_anchor", 4, 6), pml.ProxyAnchorLoss(4, 6), pml.ArcFaceLoss(4, 6)])
+@pytest.mark.parametrize(
+    ("dim", "labels", "message"),
+    [
+        (6, [1, 2, 4], "labels must be from 0 to 3, as the loss has 4 classes; these are from 1 to 4"),
+        (6, [-1, 2, 3], "these are from -1 to 3"),
+        (6, [0, 1], r"labels must be a tensor \(3,\) of integers.*not \(2,\) of torch.int64"),
+        (6, [0.0, 1.0, 2.0], r"not \(3,\) of torch.float32"),
+        (5, [0, 1, 2], "embeddings have 5 dimensions, the loss has 6"),
+    ],
+)
+def test_a_batch_that_does_not_fit_is_an_error_and_no_step(loss, enabled, dim, labels, message):
+    memvir = MemVir(loss, 2, 0)
+    memvir.enabled = enabled
+    for embeddings, good in batches(4, dtype=torch.float32):
+        memvir(embeddings, good)
+    with pytest.raises(UserError, match=message):
+        memvir(torch.randn(3, dim), torch.tensor(labels))
+    assert memvir.get_extra_state()["step"] == 4 * enabled
 
 
-@pytest.mark.parametrize("storage_dtype", ["half a byte", "int8", torch.int8])
+def test_labels_of_every_integer_type_are_the_same_labels():
+    torch.manual_seed(0)
+    loss = build_loss("norm_softmax", 4, 6).double()
+    memvir, narrow = MemVir(loss, 2, 0), MemVir(loss, 2, 0)
+    for dtype, (embeddings, labels) in zip(
+        [torch.uint8, torch.int16, torch.uint64, torch.int32], batches(4), strict=True
+    ):
+        assert narrow(embeddings, labels.to(dtype)) == memvir(embeddings, labels)
+
+
+@pytest.mark.parametrize("storage_dtype", ["half a byte", "int8", torch.int8, "float16", 32])
 def test_an_unknown_storage_type_is_an_error(storage_dtype):
     with pytest.raises(UserError, match="storage_dtype is float32 or bfloat16"):
         MemVir(build_loss("norm_softmax", 4, 6), 1, 1, storage_dtype=storage_dtype)

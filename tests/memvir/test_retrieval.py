@@ -5,18 +5,18 @@ import sys
 
 import faiss
 import numpy as np
+import pandas
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pytorch_metric_learning.utils.accuracy_calculator import AccuracyCalculator
 
-from memvir import retrieval
 from memvir.errors import UserError
-from memvir.retrieval import average_precision, evaluate, nearest_neighbours
+from memvir.retrieval import average_precision, evaluate, metrics, nearest_neighbours, neighbours, search
 
 by_example = settings(derandomize=True, deadline=None, max_examples=60)
-FAISS_ALWAYS, AS_MEASURED = 1, retrieval.DEEP_SHARE
+FAISS_ALWAYS, AS_MEASURED = 1, neighbours.DEEP_SHARE
 by_faiss_and_by_sorting = pytest.mark.parametrize("deep_share", [FAISS_ALWAYS, AS_MEASURED])
 
 
@@ -78,7 +78,7 @@ def test_metrics_equal_a_naive_loop_for_classes_of_any_size_and_among_ties(deep_
     recall_at = sorted({1, min(3, images - 1), images - 1})
     expected = naive_metrics(embeddings, labels, recall_at)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(retrieval, "DEEP_SHARE", deep_share)
+        patch.setattr(neighbours, "DEEP_SHARE", deep_share)
         assert evaluate(embeddings, labels, recall_at) == pytest.approx(expected, abs=1e-12)
 
 
@@ -98,7 +98,7 @@ def test_metrics_of_a_query_set_against_a_gallery_equal_a_naive_loop(deep_share,
     gallery_labels, query_labels = labels[:images], labels[images:]
     expected = naive_metrics(gallery, gallery_labels, (1, 4), query, query_labels)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(retrieval, "DEEP_SHARE", deep_share)
+        patch.setattr(neighbours, "DEEP_SHARE", deep_share)
         measured = evaluate(gallery, gallery_labels, (1, 4), query=query, query_labels=query_labels)
     assert measured == pytest.approx(expected, abs=1e-12)
 
@@ -110,7 +110,7 @@ def test_neighbours_are_those_of_a_naive_loop_for_every_k(deep_share, seed, imag
     embeddings, _ = images_full_of_ties(seed, images, 5)
     k = max(1, round(share * (images - 1)))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(retrieval, "DEEP_SHARE", deep_share)
+        patch.setattr(neighbours, "DEEP_SHARE", deep_share)
         similarities, indices = nearest_neighbours(embeddings, k)
     assert indices.tolist() == [ranking[:k] for ranking in naive_neighbours(embeddings)]
     unit = embeddings / 6
@@ -149,7 +149,7 @@ def test_metrics_of_a_query_set_equal_those_of_pytorch_metric_learning():
 
 @by_faiss_and_by_sorting
 def test_a_query_is_left_out_even_if_more_duplicates_tie_with_it_than_are_fetched(deep_share, monkeypatch):
-    monkeypatch.setattr(retrieval, "DEEP_SHARE", deep_share)
+    monkeypatch.setattr(neighbours, "DEEP_SHARE", deep_share)
     embeddings = np.ones((50, 4), np.float32)
     _, indices = nearest_neighbours(embeddings, 3)
     assert indices[:5].tolist() == [[1, 2, 3], [0, 2, 3], [0, 1, 3], [0, 1, 2], [0, 1, 2]]
@@ -158,7 +158,7 @@ def test_a_query_is_left_out_even_if_more_duplicates_tie_with_it_than_are_fetche
 
 @by_faiss_and_by_sorting
 def test_a_duplicate_of_another_class_counts_as_a_miss_and_the_query_never_as_a_hit(deep_share, monkeypatch):
-    monkeypatch.setattr(retrieval, "DEEP_SHARE", deep_share)
+    monkeypatch.setattr(neighbours, "DEEP_SHARE", deep_share)
     # Pairs of equal images of different classes: leaving out the first neighbour, whichever it is, finds the query.
     embeddings = np.repeat(np.eye(4, dtype=np.float32), 2, axis=0)
     labels = np.array([0, 1, 0, 1, 0, 1, 0, 1])
@@ -169,7 +169,7 @@ def test_a_duplicate_of_another_class_counts_as_a_miss_and_the_query_never_as_a_
 
 @by_faiss_and_by_sorting
 def test_duplicates_of_one_class_find_each_other(deep_share, monkeypatch):
-    monkeypatch.setattr(retrieval, "DEEP_SHARE", deep_share)
+    monkeypatch.setattr(neighbours, "DEEP_SHARE", deep_share)
     embeddings, labels = random_images(0, 120, 15, dim=64)
     order = np.random.default_rng(0).permutation(360)
     embeddings, labels = np.repeat(embeddings, 3, axis=0)[order], np.repeat(np.arange(120), 3)[order]
@@ -185,7 +185,7 @@ def test_a_query_that_is_also_in_the_gallery_finds_itself():
 
 @by_faiss_and_by_sorting
 def test_collapsed_embeddings_rank_the_images_in_their_order(deep_share, monkeypatch):
-    monkeypatch.setattr(retrieval, "DEEP_SHARE", deep_share)
+    monkeypatch.setattr(neighbours, "DEEP_SHARE", deep_share)
     labels = np.arange(300) % 7
     embeddings = np.full((300, 16), 0.25, np.float32)
     assert evaluate(embeddings, labels) == pytest.approx(naive_metrics(embeddings, labels, (1, 2, 4, 8)), abs=1e-12)
@@ -224,17 +224,17 @@ def test_average_precision_is_given_for_each_query_and_its_mean_is_map():
 def test_metrics_do_not_depend_on_how_queries_are_cut_into_chunks(monkeypatch):
     embeddings, labels = random_images(5, 200, 12)
     whole = evaluate(embeddings, labels), nearest_neighbours(embeddings, 20)[1].tolist()
-    monkeypatch.setattr(retrieval, "CHUNK_NEIGHBOURS", 500)
+    monkeypatch.setattr(neighbours, "CHUNK_NEIGHBOURS", 500)
     assert (evaluate(embeddings, labels), nearest_neighbours(embeddings, 20)[1].tolist()) == whole
-    monkeypatch.setattr(retrieval, "CHUNK_QUERIES", 1)
+    monkeypatch.setattr(neighbours, "CHUNK_QUERIES", 1)
     assert evaluate(embeddings, labels) == pytest.approx(whole[0], abs=1e-12)
 
 
 def test_queries_of_small_classes_do_not_fetch_as_many_neighbours_as_those_of_large_ones():
     relevant = np.array([1] * 9000 + [2999] * 3000 + [0] * 5)
-    chunks = list(retrieval._chunks(relevant, recall_depth=8))
+    chunks = list(metrics._chunks(relevant, recall_depth=8))
     assert sorted(np.concatenate([rows for rows, _ in chunks]).tolist()) == list(range(12_000))
-    assert all(len(rows) * k <= retrieval.CHUNK_NEIGHBOURS for rows, k in chunks)
+    assert all(len(rows) * k <= neighbours.CHUNK_NEIGHBOURS for rows, k in chunks)
     assert [k for _, k in chunks][-2:] == [8, 8]
 
 
@@ -250,7 +250,7 @@ def test_classes_of_thousands_of_images_work():
 def test_sorting_whole_rows_and_faiss_find_the_same(monkeypatch):
     embeddings, _ = random_images(18, 400, 12)
     sorted_out = nearest_neighbours(embeddings, 60)
-    monkeypatch.setattr(retrieval, "DEEP_SHARE", FAISS_ALWAYS)
+    monkeypatch.setattr(neighbours, "DEEP_SHARE", FAISS_ALWAYS)
     by_faiss = nearest_neighbours(embeddings, 60)
     np.testing.assert_allclose(sorted_out[0], by_faiss[0], atol=1e-6)
     assert (sorted_out[1] == by_faiss[1]).mean() > 0.999  # rounding may swap two that are all but equal
@@ -258,7 +258,7 @@ def test_sorting_whole_rows_and_faiss_find_the_same(monkeypatch):
 
 def test_signs_of_zero_are_no_reason_to_reorder_ties():
     similarities = np.array([[0.0, -0.0, 0.5, -0.5, -0.0, 0.0]], np.float32)
-    ordered, indices = retrieval._unpack(np.sort(retrieval._packed(similarities, np.arange(6))))
+    ordered, indices = neighbours._unpack(np.sort(neighbours._packed(similarities, np.arange(6))))
     assert indices.tolist() == [[2, 0, 1, 4, 5, 3]]
     assert ordered.tolist() == [[0.5, 0, 0, 0, 0, -0.5]]
 
@@ -300,6 +300,191 @@ def test_arrays_tensors_and_lists_of_any_type_and_length_give_the_same_metrics()
     assert list(expected) == ["recall_at_1", "recall_at_2", "recall_at_4", "recall_at_8", "rp", "map"]
 
 
+GOOD = np.ones((10, 4), np.float32)
+TWO_CLASSES = np.arange(10) % 2
+LABELS = [3, 1, 3, 2, 1, 2, 3, 1, 2, 1]
+TEXTS = [f"c{label}" for label in LABELS]
+
+
+@pytest.mark.parametrize(
+    "labels",
+    [
+        np.array(LABELS, np.uint8),
+        np.array(LABELS, np.float16),
+        np.array(LABELS, object),
+        np.array(TEXTS),
+        np.array(TEXTS, "S"),
+        np.array(TEXTS, object),
+        np.array(LABELS, "M8[D]"),
+        TEXTS,
+        tuple(TEXTS),
+        (text for text in TEXTS),
+        [text.encode() for text in TEXTS],
+        [("make", label) for label in LABELS],
+        [np.int32(label) for label in LABELS],
+        [torch.tensor(label) for label in LABELS],
+        torch.tensor(LABELS, dtype=torch.uint16),
+        torch.tensor(LABELS, dtype=torch.bfloat16),
+        pandas.Series(LABELS, index=range(50, 40, -1)),
+        pandas.Series(LABELS, dtype="Int64"),
+        pandas.Series(TEXTS, index=list("jihgfedcba")),
+        pandas.Series(TEXTS, dtype="category"),
+        pandas.Series(TEXTS, dtype="string"),
+        pandas.Categorical(TEXTS, categories=["c3", "unused", "c1", "c2"]),
+        pandas.Index(TEXTS),
+        [1 if label == 1 else "1" if label == 2 else 1.5 for label in LABELS],  # of which NumPy would make texts
+        [2**63 + label if label > 1 else -1 for label in LABELS],  # of which NumPy would make float64
+        [float("inf") if label == 3 else label for label in LABELS],
+    ],
+    ids=lambda labels: f"{type(labels).__name__} {getattr(labels, 'dtype', '')}",
+)
+def test_labels_of_every_type_are_the_same_classes(labels):
+    embeddings = np.random.default_rng(20).normal(size=(10, 4))
+    assert evaluate(embeddings, labels) == pytest.approx(evaluate(embeddings, LABELS), abs=1e-12)
+
+
+BEYOND = 2**53  # from here on float64 leaves out every other whole number
+ONE_AND_THE_NEXT = [BEYOND, BEYOND + 1] * 5
+
+
+@pytest.mark.parametrize(
+    ("gallery_labels", "query_labels"),
+    [
+        (np.array(ONE_AND_THE_NEXT, np.int64), np.array([BEYOND + 1] * 2, np.uint64)),
+        (np.array(ONE_AND_THE_NEXT, np.uint64), torch.tensor([BEYOND + 1] * 2)),
+        (np.array(ONE_AND_THE_NEXT, np.int64), [BEYOND + 1.0 + 1, BEYOND + 1]),
+        (ONE_AND_THE_NEXT, np.array([BEYOND + 1] * 2)),
+        (np.array(ONE_AND_THE_NEXT, object), np.array([BEYOND + 1] * 2, np.uint64)),
+    ],
+)
+def test_whole_numbers_of_gallery_and_queries_are_compared_exactly_whatever_their_types(gallery_labels, query_labels):
+    gallery = np.random.default_rng(21).normal(size=(10, 4))
+    query = gallery[:2] + 0.01  # next to a class of its own (the first) and to its class (the second)
+    python = [int(label) for label in query_labels]
+    expected = naive_metrics(gallery, ONE_AND_THE_NEXT, (1, 2), query, python)
+    assert evaluate(gallery, gallery_labels, (1, 2), query=query, query_labels=query_labels) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("gallery_type", [np.int8, np.uint64, np.float32, bool, object])
+@pytest.mark.parametrize("query_type", [np.int64, np.float64, bool, object])
+def test_equal_labels_of_two_types_are_one_class(gallery_type, query_type):
+    gallery, labels = random_images(22, 20, 2)
+    labels = (labels == labels[0]).astype(int)
+    options = {"query": gallery[:6] + 0.1}
+    expected = evaluate(gallery, labels, query_labels=labels[:6], **options)
+    assert (
+        evaluate(gallery, labels.astype(gallery_type), query_labels=labels[:6].astype(query_type), **options)
+        == expected
+    )
+
+
+@pytest.mark.parametrize(
+    "recall_at",
+    [[1, 4], (1, 4), np.array([1, 4]), torch.tensor([1, 4]), (k for k in (1, 4)), {1: "", 4: ""}, [np.int8(1), 4, 1]],
+    ids=lambda value: type(value).__name__,
+)
+def test_recall_at_is_any_collection_of_whole_numbers(recall_at):
+    embeddings, labels = random_images(23, 30, 4)
+    assert evaluate(embeddings, labels, recall_at) == evaluate(embeddings, labels, [1, 4])
+
+
+def test_recall_at_may_be_one_number_or_none_at_all_and_keeps_its_order():
+    embeddings, labels = random_images(23, 30, 4)
+    assert list(evaluate(embeddings, labels, 4)) == list(evaluate(embeddings, labels, np.int64(4)))
+    assert list(evaluate(embeddings, labels, 4)) == ["recall_at_4", "rp", "map"]
+    assert list(evaluate(embeddings, labels, ())) == ["rp", "map"]
+    assert list(evaluate(embeddings, labels, (4, 1))) == ["recall_at_4", "recall_at_1", "rp", "map"]
+
+
+@pytest.mark.parametrize("k", [2.0, 0, -1, True, "2", None, np.float32(2), float("nan"), [2]])
+def test_a_number_of_neighbours_that_is_none_is_refused(k):
+    for call in (lambda: evaluate(GOOD, TWO_CLASSES, [1, k]), lambda: nearest_neighbours(GOOD, k)):
+        with pytest.raises(UserError, match="is not a number of neighbours; use whole numbers from 1"):
+            call()
+
+
+@pytest.mark.parametrize("recall_at", [2.0, True, None, "12", [[1, 2]], np.array([[1], [2]]), np.array([1.0])])
+def test_a_recall_at_that_is_no_collection_of_whole_numbers_is_refused(recall_at):
+    with pytest.raises(UserError, match=r"recall_at: .* is not a number of neighbours"):
+        evaluate(GOOD, TWO_CLASSES, recall_at)
+
+
+@pytest.mark.parametrize("missing", [None, float("nan"), np.nan, pandas.NA, pandas.NaT, np.datetime64("NaT"), [1], {}])
+@pytest.mark.parametrize("container", [list, lambda labels: np.fromiter(labels, object), pandas.Series])
+def test_a_label_that_is_missing_is_refused_and_not_a_class(missing, container):
+    labels = ["a", "b"] * 4 + [missing, missing]
+    with pytest.raises(UserError, match=r"labels hold .*, which is not a class; leave out the images that have none"):
+        evaluate(GOOD, container(labels))
+    with pytest.raises(UserError, match=r"query_labels hold .*, which is not a class"):
+        evaluate(GOOD, ["a", "b"] * 5, query=GOOD, query_labels=container(labels))
+
+
+@pytest.mark.parametrize(
+    "labels",
+    [
+        np.array([0.0, np.nan] * 5),
+        torch.tensor([0.0, float("nan")] * 5),
+        np.array([1, "NaT"] * 5, "M8[ns]"),
+        pandas.Series([1, None] * 5),
+        pandas.Series([1, None] * 5, dtype="Int64"),
+        pandas.Series(["a", None] * 5),
+        pandas.Categorical(["a", None] * 5),
+        [torch.tensor([1, 2])] * 10,
+        [np.zeros(2)] * 10,
+    ],
+    ids=lambda labels: f"{type(labels).__name__} {getattr(labels, 'dtype', '')}",
+)
+def test_arrays_with_missing_labels_are_refused(labels):
+    with pytest.raises(UserError, match=r"labels hold .*, which is not a class"):
+        average_precision(GOOD, labels)
+
+
+@pytest.mark.parametrize(
+    ("embeddings", "message"),
+    [
+        (GOOD.astype(complex), "embeddings must be real numbers, not complex128"),
+        (GOOD.astype(str), "embeddings must be real numbers, not <U"),
+        (GOOD.astype(object), "embeddings must be real numbers, not object"),
+        (GOOD.astype("M8[s]"), "embeddings must be real numbers, not datetime64"),
+        ([[1.0, 2.0], [1.0]], r"embeddings cannot be read as an array \(.*inhomogeneous"),
+        (torch.ones(10, 4).to_sparse(), r"embeddings cannot be read as an array \("),
+        (torch.ones(10, 4, device="meta"), r"embeddings cannot be read as an array \("),
+        (torch.ones(10, 4, dtype=torch.complex64), "embeddings must be real numbers, not complex64"),
+        (np.ma.masked_less(GOOD, 2), "embeddings hold masked values"),
+        ("images.npy", r"embeddings must have the shape \(images, dimensions\), not \(\)"),
+    ],
+)
+def test_embeddings_that_are_no_real_numbers_are_refused(embeddings, message):
+    for call in (lambda: evaluate(embeddings, TWO_CLASSES), lambda: nearest_neighbours(GOOD, 1, query=embeddings)):
+        with pytest.raises(UserError, match=message.removeprefix("embeddings")) as refusal:
+            call()
+        assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize("labels", [5, "aabbaabbcc", None, np.ma.masked_equal(TWO_CLASSES, 1)])
+def test_labels_that_are_no_collection_are_refused(labels):
+    with pytest.raises(UserError, match="labels"):
+        evaluate(GOOD, labels)
+
+
+def test_embeddings_of_whole_numbers_data_frames_and_half_precision_are_taken_as_they_are():
+    embeddings = np.random.default_rng(24).integers(-9, 9, size=(30, 4))
+    labels = np.arange(30) % 3
+    expected = evaluate(embeddings.astype(np.float32), labels)
+    for same in (
+        embeddings,
+        embeddings.astype(np.int8),
+        embeddings.astype(np.float16),
+        embeddings.astype(np.longdouble),
+        torch.from_numpy(embeddings).half(),
+        torch.from_numpy(embeddings).bfloat16().requires_grad_(),
+        torch.from_numpy(embeddings),
+        [torch.from_numpy(row) for row in embeddings],
+        pandas.DataFrame(embeddings, index=range(30, 0, -1)),
+    ):
+        assert evaluate(same, labels) == pytest.approx(expected, abs=1e-12)
+
+
 def test_the_input_is_left_as_it_was():
     embeddings, labels = random_images(10, 40, 4)
     before = embeddings.copy(), labels.copy()
@@ -312,10 +497,6 @@ def with_value(value, rows):
     embeddings = np.ones((10, 4), np.float32)
     embeddings[rows, 1] = value
     return embeddings
-
-
-GOOD = np.ones((10, 4), np.float32)
-TWO_CLASSES = np.arange(10) % 2
 
 
 @pytest.mark.parametrize(
@@ -361,6 +542,13 @@ def test_more_neighbours_than_there_are_is_refused():
 
 
 # -------------------------------------------------------------------------------------------------------------- GPU
+
+
+@pytest.mark.parametrize("device", ["gpu", "cuda:x", "", 1.5, ["cuda"]])
+def test_a_device_that_there_is_not_is_refused(device):
+    with pytest.raises(UserError, match=r"device: torch knows no .*; use 'cpu' or 'cuda:0'"):
+        nearest_neighbours(GOOD, 1, device=device)
+    assert nearest_neighbours(GOOD, 1, device="cpu")[1].shape == (10, 1)
 
 
 def test_without_a_gpu_the_cpu_is_used_and_one_line_says_so(monkeypatch, caplog):
@@ -432,7 +620,7 @@ def test_the_gpu_asked_for_is_searched_with_little_temporary_memory(monkeypatch,
     embeddings, labels = random_images(12, 300, 10)
     assert evaluate(embeddings, labels, device="cuda:1") == evaluate(embeddings, labels)
     assert [index.config.device for index in made] == [1]
-    assert made[0].resources.temporary == retrieval.GPU_TEMPORARY_BYTES
+    assert made[0].resources.temporary == search.GPU_TEMPORARY_BYTES
     assert sum(queries for queries, _ in made[0].asked) == 300
     assert not [message for message in caplog.messages if "GPU" in message]
 
@@ -440,7 +628,7 @@ def test_the_gpu_asked_for_is_searched_with_little_temporary_memory(monkeypatch,
 @by_faiss_and_by_sorting
 def test_more_neighbours_than_a_gpu_can_find_are_left_to_the_cpu(deep_share, monkeypatch, caplog):
     fake_gpus(monkeypatch)
-    monkeypatch.setattr(retrieval, "DEEP_SHARE", deep_share)
+    monkeypatch.setattr(neighbours, "DEEP_SHARE", deep_share)
     gallery = np.random.default_rng(13).normal(size=(2600, 4)).astype(np.float32)
     gallery_labels = np.array([0] * 2500 + [1] * 100)
     queries = {"query": gallery[::50] + 0.1, "query_labels": gallery_labels[::50]}
@@ -452,7 +640,7 @@ def test_more_neighbours_than_a_gpu_can_find_are_left_to_the_cpu(deep_share, mon
 
 def test_a_gpu_that_fails_in_the_middle_is_replaced_by_the_cpu_with_one_notice(monkeypatch, caplog):
     fake_gpus(monkeypatch)
-    monkeypatch.setattr(retrieval, "CHUNK_QUERIES", 50)
+    monkeypatch.setattr(neighbours, "CHUNK_QUERIES", 50)
     monkeypatch.setattr(FakeGpuIndex, "fails_at", 2)
     embeddings, labels = random_images(14, 300, 40)
     assert evaluate(embeddings, labels, device="cuda:0") == evaluate(embeddings, labels)

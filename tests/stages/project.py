@@ -21,12 +21,14 @@ class Project:
     @classmethod
     def create(cls, folder: Path, params: dict[str, Any]) -> "Project":
         folder.mkdir()
-        for name in ("dvc.yaml", ".dvcignore", ".gitignore"):
+        (folder / ".dvc").mkdir()
+        for name in ("tuning", "studies"):
+            (folder / name).mkdir()
+            (folder / name / ".gitkeep").touch()
+        for name in ("dvc.yaml", ".dvcignore", ".gitignore", ".dvc/config", ".dvc/.gitignore"):
             shutil.copy(ROOT / name, folder / name)
         for name in ("memvir", "stages"):
             shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
-        (folder / ".dvc").mkdir()
-        shutil.copy(ROOT / ".dvc" / "config", folder / ".dvc" / "config")
         subprocess.run(["git", "init", "-q", "."], cwd=folder, check=True)
         tiny.write_images(folder / "dataset" / "tiny" / "source")
         project = cls(folder)
@@ -36,7 +38,7 @@ class Project:
     def untrained_copy(self, folder: Path) -> "Project":
         """Another one like it, in which every run is to be made again."""
         shutil.copytree(self.folder, folder)
-        for made in ("runs", "results", "logs", "scratch"):
+        for made in ("runs", "results", "logs", "scratch", ".dvc/cache"):
             shutil.rmtree(folder / made)
         return Project(folder)
 
@@ -60,6 +62,12 @@ class Project:
         process = self.start(*command)
         output, _ = process.communicate()
         return subprocess.CompletedProcess(process.args, process.returncode, output)
+
+    def commit(self) -> None:
+        """Everything that git does not ignore."""
+        author = ["-c", "user.name=A User", "-c", "user.email=user@example.org"]
+        for command in (["add", "--all"], [*author, "commit", "--quiet", "--message", "as it is"]):
+            subprocess.run(["git", *command], cwd=self.folder, check=True)
 
     def outputs(self, *folders: str) -> dict[str, bytes]:
         files = [p for folder in folders for p in sorted((self.folder / folder).rglob("*")) if p.is_file()]

@@ -59,7 +59,7 @@ def test_without_room_for_a_checkpoint_a_run_stops_and_later_ends_in_the_same_by
     use_scratch(workspace, disk)
     outcome = workspace.train()
     assert outcome.code == 1 and outcome.output.count("\n") == 1, outcome.output
-    assert "1.pt: No space left on device; a checkpoint needs 0.0" in outcome.output
+    assert "No space left on device; a checkpoint needs 0.0" in outcome.output
     assert "MB: free some space" in outcome.output
     small_disk(2000)
     assert (outcome := workspace.train()).code == 0, outcome.output

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import pickle
+import re
 import shutil
 import subprocess
 import sys
@@ -11,22 +12,33 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
-from memvir import config, download
+from memvir import download
 from memvir.errors import UserError
-from memvir.models import BNInception, ConvNet, ResNet, build_embedder, fetch_weights, find_weights, load_weights
+from memvir.models import (
+    BNInception,
+    ConvNet,
+    TimmNetwork,
+    TorchvisionNetwork,
+    build_embedder,
+    fetch_weights,
+    find_weights,
+    load_weights,
+)
+from memvir.models.settings import Model, Weights
 from memvir.models.weights import SOURCE
 from tests.http_server import MisbehavingServer
 
 REPOSITORY = Path(__file__).parents[3]
 
 
-def model(backbone: str = "bn_inception", pretrained: str = "imagenet", **weights: Any) -> config.Model:
-    return config.Model(
+def model(backbone: str = "bn_inception", pretrained: str = "imagenet", **weights: Any) -> Model:
+    return Model(
         backbone=backbone,
         pretrained=pretrained,
-        weights=config.Weights(**{"addresses": [], **weights}) if weights else None,
+        weights=Weights(**{"addresses": [], **weights}) if weights else None,
         pooling="gap",
         embedding_dim=8,
         freeze_batch_norm=True,
@@ -82,14 +94,59 @@ def test_a_file_in_the_format_of_2018_is_read_as_well(state: dict[str, Tensor], 
     assert torch.equal(network.inception_5b_1x1.weight, state["inception_5b_1x1.weight"])
 
 
-def test_resnets_drop_their_classifier_alone(tmp_path: Path) -> None:
+def test_networks_of_a_library_take_its_files_under_its_names_and_drop_the_classifier_alone(tmp_path: Path) -> None:
+    import timm
     from torchvision.models import resnet18
 
     whole = resnet18(weights=None).state_dict()
     torch.save(whole, tmp_path / "resnet18.pth")
-    network = ResNet(18)
+    network = TorchvisionNetwork("torchvision/resnet18", "gap")
     load_weights(network, tmp_path / "resnet18.pth")
-    assert all(torch.equal(value, whole[key]) for key, value in network.state_dict().items())
+    assert all(torch.equal(value, whole[key]) for key, value in network.network.state_dict().items())
+
+    whole = timm.create_model("mobilenetv3_small_050").state_dict()
+    save_file(whole, tmp_path / "mobile.safetensors")
+    network = TimmNetwork("timm/mobilenetv3_small_050", 3, "gap")
+    load_weights(network, tmp_path / "mobile.safetensors")
+    loaded = network.network.state_dict()
+    assert all(torch.equal(value, whole[key]) for key, value in loaded.items())
+    assert whole.keys() - loaded.keys() == {"classifier.weight", "classifier.bias"}
+    with pytest.raises(UserError, match=r"resnet18\.pth: has no 'conv_stem\.weight', which timm/mobilenetv3_small_050"):
+        load_weights(network, tmp_path / "resnet18.pth")
+
+
+def test_weights_for_colour_images_serve_grey_ones_by_their_sum(tmp_path: Path) -> None:
+    import timm
+
+    whole = timm.create_model("mobilenetv3_small_050").state_dict()
+    save_file(whole, tmp_path / "mobile.safetensors")
+    network = TimmNetwork("timm/mobilenetv3_small_050", 1, "gap")
+    load_weights(network, tmp_path / "mobile.safetensors")
+    torch.testing.assert_close(network.network.conv_stem.weight, whole["conv_stem.weight"].sum(1, keepdim=True))
+
+
+def test_a_state_dict_may_lie_where_training_scripts_put_it(tmp_path: Path) -> None:
+    whole = ConvNet([2], 1).state_dict()
+    for key in ("state_dict", "model"):
+        torch.save({key: whole, "epoch": 3}, tmp_path / "checkpoint.pth")
+        network = ConvNet([2], 1)
+        load_weights(network, tmp_path / "checkpoint.pth")
+        assert all(torch.equal(value, whole[name]) for name, value in network.state_dict().items())
+
+
+def test_keys_as_another_code_base_writes_them_become_timms_own(tmp_path: Path) -> None:
+    network = TimmNetwork("timm/vit_tiny_patch16_224", 3, "head")
+    whole = {key: torch.rand_like(value) for key, value in network.network.state_dict().items()}
+    torch.save({f"visual.trunk.{key}": value for key, value in whole.items()}, tmp_path / "open_clip.pth")
+    load_weights(network, tmp_path / "open_clip.pth")
+    assert all(torch.equal(value, whole[key]) for key, value in network.network.state_dict().items())
+
+    torch.save({f"other.{key}": value for key, value in whole.items()}, tmp_path / "odd.pth")
+    torch.save({"patch_embed.proj.weight": torch.zeros(3)}, tmp_path / "short.pth")
+    for name in ("odd", "short"):
+        with pytest.raises(UserError, match=rf"{name}\.pth: .* weights of another network") as caught:
+            load_weights(network, tmp_path / f"{name}.pth")
+        assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -135,32 +192,37 @@ class Program:
 
 
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
 @pytest.mark.parametrize("form", ["pickle", "legacy", "zip"])
-def test_a_malicious_pickle_is_refused_and_not_executed(form: str, state: dict[str, Tensor], tmp_path: Path) -> None:
-    path, trace = tmp_path / "evil.pth", tmp_path / "trace"
+def test_a_malicious_pickle_is_refused_and_not_executed(
+    form: str, suffix: str, state: dict[str, Tensor], tmp_path: Path
+) -> None:
+    path, trace = tmp_path / f"evil{suffix}", tmp_path / "trace"
     content = {**state, "last_linear.bias": Program(trace)}
     if form == "pickle":
         path.write_bytes(pickle.dumps(Program(trace)))
     else:
         torch.save(content, path, _use_new_zipfile_serialization=form == "zip")
-    with pytest.raises(UserError, match=r"evil\.pth: not a file of weights that can be read safely") as caught:
+    with pytest.raises(UserError, match=r"evil\.\w+: not a file of weights that can be read safely") as caught:
         load_weights(BNInception(), path)
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 500
     assert not trace.exists()
     if form == "pickle":
         pickle.loads(path.read_bytes())
     else:
-        torch.load(path, weights_only=False)
+        torch.load(path.rename(path.with_suffix(".pth")), weights_only=False)
     assert trace.exists(), "the same file does run where pickles are trusted"
 
 
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
 @pytest.mark.parametrize(
     "content", [b"", b"<html>not found</html>", b"PK\x03\x04 broken", b"\x80\x02", b"\x00" * 1000], ids=repr
 )
-def test_what_is_no_weight_file_is_an_error_of_one_line(content: bytes, tmp_path: Path) -> None:
-    (tmp_path / "broken.pth").write_bytes(content)
-    with pytest.raises(UserError, match=r"broken\.pth: not a file of weights") as caught:
-        load_weights(ConvNet([1], 1), tmp_path / "broken.pth")
+def test_what_is_no_weight_file_is_an_error_of_one_line(content: bytes, suffix: str, tmp_path: Path) -> None:
+    path = tmp_path / f"broken{suffix}"
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=rf"broken{re.escape(suffix)}: not a file of weights") as caught:
+        load_weights(ConvNet([1], 1), path)
     assert "\n" not in str(caught.value)
 
 
@@ -253,9 +315,18 @@ def test_when_no_address_helps_the_message_says_what_was_tried_and_what_to_do(
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("name", ["resnet18", "resnet34", "resnet50", "resnet101"])
-def test_resnets_take_torchvisions_file_checked_by_the_hash_in_its_name(
-    name: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("backbone", "address"),
+    [
+        ("resnet18", r"https://download\.pytorch\.org/models/resnet18-\w+\.pth"),
+        ("resnet101", r"https://download\.pytorch\.org/models/resnet101-\w+\.pth"),
+        ("torchvision/mobilenet_v2", r"https://download\.pytorch\.org/models/mobilenet_v2-\w+\.pth"),
+        ("timm/mobilenetv2_100", r"https://github\.com/.*/mobilenetv2_100_ra-\w+\.pth"),
+        ("timm/mobilenetv2_100.ra_in1k", r"https://github\.com/.*/mobilenetv2_100_ra-\w+\.pth"),
+    ],
+)
+def test_a_librarys_own_file_is_checked_by_the_hash_in_its_name(
+    backbone: str, address: str, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls: list[dict[str, Any]] = []
 
@@ -265,12 +336,60 @@ def test_resnets_take_torchvisions_file_checked_by_the_hash_in_its_name(
         return addresses[0]
 
     monkeypatch.setattr(download, "fetch", fetch)
-    fetch_weights(model(name), folder)
+    fetch_weights(model(backbone), folder)
     (call,) = calls
-    (address,) = call["addresses"]
-    assert address.startswith(f"https://download.pytorch.org/models/{name}-")
-    assert call["target"] == folder / address.rpartition("/")[2]
-    assert call["algorithm"] == "sha256" and address.endswith(f"-{call['digest']}.pth")
+    (found,) = call["addresses"]
+    assert re.fullmatch(address, found)
+    assert call["target"] == folder / f"{backbone.rpartition('/')[2]}-{call['digest']}.pth"
+    assert call["algorithm"] == "sha256" and found.endswith(f"-{call['digest']}.pth")
+
+
+def test_a_file_whose_library_gives_no_hash_is_checked_by_that_of_the_first_download_from_then_on(
+    folder: Path, server: MisbehavingServer, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    settings = model("timm/vit_tiny_patch16_224")
+    (address,) = TimmNetwork.own_weights(settings.backbone).addresses
+    hub = "https://huggingface.co/timm/vit_tiny_patch16_224.augreg_in21k_ft_in1k/resolve/main/model.safetensors"
+    assert address == hub
+    served = Weights(addresses=[server.serve("model.safetensors", b"the first")])
+    monkeypatch.setattr(TimmNetwork, "own_weights", staticmethod(lambda backbone: served))
+    path = folder / "vit_tiny_patch16_224.safetensors"
+    with pytest.raises(UserError, match=r"vit_tiny_patch16_224\.safetensors: the weights .* are missing"):
+        find_weights(settings, folder)
+
+    caplog.set_level("INFO")
+    fetch_weights(settings, folder)
+    first = sha256(path)
+    assert find_weights(settings, folder) == path and source(folder)["sha256"] == first
+    assert f"write model.weights.sha256: {first}" in caplog.text
+    asked = len(server.requests)
+    fetch_weights(settings, folder)
+    assert len(server.requests) == asked and source(folder)["source"] == served.addresses[0]
+
+    path.write_bytes(b"damaged")
+    with pytest.raises(UserError, match=rf"sha256 is .*expected {first}"):
+        find_weights(settings, folder)
+    server.serve("model.safetensors", b"another")
+    with pytest.raises(UserError, match=rf"expected {first}"):
+        fetch_weights(settings, folder)
+    named = model("timm/vit_tiny_patch16_224", sha256=hashlib.sha256(b"another").hexdigest())
+    fetch_weights(named, folder)
+    assert find_weights(named, folder).read_bytes() == b"another", "a sha256 in params.yaml is enough to insist on"
+
+
+def test_a_local_file_needs_no_hash_and_is_taken_as_it_is_each_time(tmp_path: Path, folder: Path) -> None:
+    mine = tmp_path / "mine.safetensors"
+    settings = model("timm/vit_tiny_patch16_224", path=str(mine))
+    for content in (b"one", b"two"):
+        mine.write_bytes(content)
+        fetch_weights(settings, folder)
+        assert find_weights(settings, folder).read_bytes() == content
+        assert source(folder)["sha256"] == sha256(mine)
+
+
+def test_a_network_without_weights_of_its_own_asks_for_a_file_by_the_key(folder: Path) -> None:
+    with pytest.raises(UserError, match=r"no weight file for timm/vit_base_r26_s32_224.*model\.weights\.path"):
+        fetch_weights(model("timm/vit_base_r26_s32_224"), folder)
 
 
 def test_random_weights_leave_a_note_that_says_so(folder: Path) -> None:
@@ -300,7 +419,7 @@ def test_a_damaged_note_is_written_anew(note: str, tmp_path: Path, folder: Path)
 
 def test_a_missing_or_changed_file_is_an_error_before_it_is_opened(file: Path, folder: Path) -> None:
     settings = model(sha256=sha256(file)[:9])
-    with pytest.raises(UserError, match=r"bn_inception-[0-9a-f]{9}\.pth: the weights .* are missing; run `dvc repro`"):
+    with pytest.raises(UserError, match=r"bn_inception-[0-9a-f]{9}\.pth: the weights .* are missing"):
         find_weights(settings, folder)
     folder.mkdir()
     path = folder / f"bn_inception-{sha256(file)[:9]}.pth"

@@ -1,14 +1,21 @@
+import warnings
 from pathlib import Path
 
+import matplotlib
 import numpy as np
 import pandas as pd
 import pytest
+from fontTools.fontBuilder import FontBuilder
+from fontTools.pens.ttGlyphPen import TTGlyphPen
+from matplotlib.font_manager import fontManager
 from PIL import Image
 
 from memvir import retrieval
 from memvir.errors import UserError
+from memvir.images.decode import decode
 from memvir.reporting import curves, figures, neighbours, tsne
 from memvir.reporting.results import Line
+from memvir.wrappers import WRAPPERS
 
 LINES = [
     Line("plain", "Norm-SoftMax", "Norm-SoftMax", None),
@@ -47,6 +54,97 @@ def test_the_users_own_matplotlib_settings_do_not_change_a_figure(tmp_path):
     assert files_of(tmp_path / "a") == files_of(tmp_path / "b")
     for content in files_of(tmp_path / "a").values():
         assert_no_dates(content)
+
+
+# ----------------------------------------------------------------------------------------------------------- fonts
+
+
+@pytest.fixture
+def only_bundled_fonts(monkeypatch):
+    """A machine without any fonts but those that Matplotlib brings."""
+    bundled = [font for font in fontManager.ttflist if Path(font.fname).is_relative_to(matplotlib.get_data_path())]
+    monkeypatch.setattr(fontManager, "ttflist", bundled)
+    monkeypatch.setattr(figures, "_look_for_new_fonts", lambda: None)
+
+
+def install_font(path: Path, family: str, letters: str) -> None:
+    """A typeface whose letters, and a capital A besides, are boxes."""
+    pen = TTGlyphPen(None)
+    pen.moveTo((100, 0))
+    for corner in ((100, 700), (800, 700), (800, 0)):
+        pen.lineTo(corner)
+    pen.closePath()
+    names = [".notdef", *(f"uni{ord(letter):04X}" for letter in "A" + letters)]
+    builder = FontBuilder(1000, isTTF=True)
+    builder.setupGlyphOrder(names)
+    builder.setupCharacterMap({ord(letter): f"uni{ord(letter):04X}" for letter in "A" + letters})
+    builder.setupGlyf(dict.fromkeys(names, pen.glyph()))
+    builder.setupHorizontalMetrics(dict.fromkeys(names, (900, 100)))
+    builder.setupHorizontalHeader(ascent=800, descent=-200)
+    builder.setupNameTable({"familyName": family, "styleName": "Regular", "psName": family.replace(" ", "")})
+    builder.setupOS2()
+    builder.setupPost()
+    builder.save(path)
+    fontManager.addfont(path)
+
+
+def write(stem: Path, *texts: str) -> bytes:
+    """The SVG of a figure with some texts; a warning is an error."""
+    with warnings.catch_warnings(), figures.house_style():
+        warnings.simplefilter("error")
+        figure = figures.new_figure(3, 1)
+        for number, text in enumerate(texts):
+            figure.text(0.1, 0.1 + 0.2 * number, text)
+        figures.save_figure(figure, stem)
+    return stem.with_suffix(".svg").read_bytes()
+
+
+def test_what_the_bundled_font_lacks_is_drawn_in_installed_ones(only_bundled_fonts, tmp_path):
+    install_font(tmp_path / "han.ttf", "Test Han", "中文")
+    install_font(tmp_path / "few.ttf", "Test A Few", "中")
+    install_font(tmp_path / "hindi.ttf", "Test Hindi", "ह")
+    assert figures.legible("中文 ह A") == "中文 ह A"
+    svg = write(tmp_path / "figure", "中文 ह A")
+    assert all(font in svg for font in (b"TestHan-", b"TestHindi-", b"DejaVuSans-")) and b"TestAFew-" not in svg
+
+
+def test_text_that_the_bundled_font_covers_is_the_same_bytes_whatever_is_installed(only_bundled_fonts, tmp_path):
+    texts = ["A name, naïve", "Кириллица, ελληνικά", "عربى", "✓ 100 %"]
+    before = write(tmp_path / "before", *texts)
+    install_font(tmp_path / "han.ttf", "A Test Han", "中")
+    assert write(tmp_path / "after", *texts) == before
+    assert (tmp_path / "after.png").read_bytes() == (tmp_path / "before.png").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("name", "shown"),
+    [
+        ("北京", "\\u5317\\u4eac"),
+        ("हि", "\\u0939\\u093f"),
+        ("🦄 x", "\\U0001f984 x"),
+        ("a\u3000b\u202fc", "a b\u202fc"),  # an ideographic space, and a narrow one, which the font has
+        ("Ame\u0301lie", "Amélie"),
+        ("\udcff", "\\udcff"),  # a byte of a file name that is not UTF-8
+        ("a\x07b\u2066c", "abc"),
+        ("a\nb", "a\nb"),
+        ("$x_1$", "$x_1$"),
+        ("", ""),
+    ],
+)
+def test_what_no_font_has_is_escaped_without_a_warning(only_bundled_fonts, tmp_path, name, shown):
+    assert figures.legible(name) == shown
+    assert write(tmp_path / "a", name) == write(tmp_path / "b", shown)
+
+
+def test_a_font_that_was_installed_after_matplotlib_looked_is_found(only_bundled_fonts, tmp_path, monkeypatch):
+    install_font(tmp_path / "han.ttf", "Test Late", "中")
+    monkeypatch.undo()
+    (tmp_path / "broken.ttf").write_bytes(b"no font")
+    monkeypatch.setattr(fontManager, "ttflist", [f for f in fontManager.ttflist if "DejaVu" in f.name])
+    monkeypatch.setattr(figures, "findSystemFonts", lambda: [str(path) for path in tmp_path.glob("*.ttf")])
+    figures._look_for_new_fonts.cache_clear()
+    assert figures.legible("中文") == "中\\u6587"
+    figures._look_for_new_fonts.cache_clear()
 
 
 # ---------------------------------------------------------------------------------------------------------- curves
@@ -119,6 +217,26 @@ def test_runs_that_are_missing_or_differ_in_length_do_not_stop_the_curves(tmp_pa
     assert (tmp_path / "map.png").stat().st_size > 5000
 
 
+def test_growth_of_embeddings_alone_and_of_virtual_classes_of_a_batch_is_drawn(tmp_path, monkeypatch):
+    lines = [Line("plain", "X", "X", None), *(Line(name, f"{name} + X", f"{name} + X", "plain") for name in ("A", "B"))]
+    columns = ["step", "num_virtual_classes", "num_virtual_embeddings"]
+    growths = {("A", 1): [(0, 0, 0), (3, 0, 8), (4, 0, 9)], ("B", 1): [(0, 0, 0), (1, 128, 128)]}
+    growths = {run: pd.DataFrame(rows, columns=columns) for run, rows in growths.items()}
+    histories = {run: pd.DataFrame({"step": [10]}) for run in growths}
+    said = []
+    monkeypatch.setattr(curves.Axes, "annotate", lambda axes, text, *_, **__: said.append(text))
+    curves.draw_growth(growths, histories, lines, tmp_path / "growth")
+    assert said == ["128, to the last step (10)", "none before step 1"]
+
+
+def test_each_wrapper_of_a_loss_has_its_own_dash_and_the_colour_of_the_loss():
+    wrapped = [f"{wrapper.title} + X" for wrapper in WRAPPERS.values()]
+    lines = [Line(name, name, name, None) for name in ("X", "X (control)", *wrapped)]
+    styles = figures.line_styles(lines)
+    assert len({style["color"] for style in styles.values()}) == 1
+    assert len({style["linestyle"] for style in styles.values()}) == len(lines)
+
+
 def test_growth_without_any_memvir_run_says_so(tmp_path):
     curves.draw_growth({("plain", 1): GROWTHS["plain", 1]}, HISTORIES, LINES[:1], tmp_path / "growth")
     assert (tmp_path / "growth.png").exists()
@@ -157,6 +275,25 @@ def test_embeddings_of_a_class_lie_together_and_the_map_is_the_same_every_time()
     assert np.array_equal(first, tsne.embed_in_two_dimensions(centres, perplexity=10, seed=1, iterations=(50, 100)))
     distances = np.linalg.norm(first[:, None] - first[None], axis=2) + 1e9 * np.eye(100)
     assert (distances.argmin(axis=1) // 20 == np.arange(100) // 20).all()
+
+
+@pytest.mark.parametrize(
+    "points",
+    [
+        np.linspace(-1, 1, 20)[:, None],  # one dimension
+        np.ones((20, 1)),
+        np.ones((20, 4)),  # all the same
+        np.zeros((20, 4)),  # none with a direction
+        np.eye(4)[[0, 0, 0, 1, 1, 1]],  # two places
+        np.concatenate([np.zeros((1, 4)), np.eye(4)]),
+        np.eye(2),  # two points
+        np.eye(3),
+    ],
+    ids=lambda points: f"{len(np.unique(points, axis=0))} of {points.shape}",
+)
+def test_a_map_of_degenerate_embeddings_has_a_place_for_each(points):
+    places = tsne.embed_in_two_dimensions(points, 30.0, seed=0, iterations=(5, 5))
+    assert places.shape == (len(points), 2) and np.isfinite(places).all()
 
 
 def test_a_panel_per_snapshot_names_epoch_and_classes_in_use(tmp_path, monkeypatch):
@@ -210,6 +347,15 @@ def test_too_few_classes_give_fewer_queries():
     assert len(neighbours.choose_queries(np.array([0.5, 0.4]), np.array([0, 1]), per_kind=2)) == 2
 
 
+def test_queries_apart_from_a_gallery_find_gallery_images():
+    embeddings = {"A": np.eye(6)[[0, 1, 2, 0, 1, 2]] + 0.01}
+    labels, is_query = np.array([7, 8, 9, 7, 8, 9]), np.array([False, False, False, True, True, True])
+    queries, (ranking,) = neighbours.rank(embeddings, labels, is_query, per_kind=1, num_neighbours=9)
+    assert queries == [("best", 3), ("typical", 5), ("worst", 4)]
+    assert ranking.neighbours.shape == (3, 3) and ranking.neighbours[:, 0].tolist() == [0, 2, 1]
+    assert ranking.average_precision.tolist() == [1, 1, 1]
+
+
 def test_ranking_agrees_with_the_retrieval_metrics():
     random = np.random.default_rng(0)
     labels = np.repeat(np.arange(6), 4)
@@ -246,6 +392,46 @@ def test_the_picture_takes_grey_and_coloured_images_of_any_shape_and_names_with_
     for name in ("first", "second"):
         neighbours.draw_neighbours(queries, rankings, images, tmp_path, tmp_path / name / "neighbours")
     assert files_of(tmp_path / "first") == files_of(tmp_path / "second")
+
+
+def test_a_picture_is_shown_as_the_networks_are_decoded(tmp_path):
+    random = np.random.default_rng(0)
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    Image.fromarray(random.integers(0, 256, (30, 20, 3), dtype=np.uint8)).save(tmp_path / "turned.png", exif=turned)
+    wide = random.integers(0, 65536, (20, 20), dtype=np.uint16)
+    Image.fromarray(wide).save(tmp_path / "wide.png")
+    Image.fromarray(random.integers(0, 256, (20, 20, 4), dtype=np.uint8)).save(tmp_path / "transparent.png")
+    turned_square, wide_square, transparent_square = (
+        neighbours._thumbnail(tmp_path / f"{name}.png") for name in ("turned", "wide", "transparent")
+    )
+    np.testing.assert_array_equal(turned_square[5:25], decode(tmp_path / "turned.png", "rgb"))
+    assert (turned_square[:5] == 255).all() and (turned_square[25:] == 255).all()
+    np.testing.assert_array_equal(wide_square, np.rint(wide / 257))
+    np.testing.assert_array_equal(transparent_square, decode(tmp_path / "transparent.png", "rgb"))
+    (tmp_path / "damaged.png").write_bytes(b"")
+    with pytest.raises(UserError, match=r"damaged\.png: the file is empty"):
+        neighbours._thumbnail(tmp_path / "damaged.png")
+
+
+@pytest.mark.parametrize(
+    ("name", "shown"),
+    [
+        ("Acura_TL/Type-S", "Acura TL Type-S"),
+        (
+            "a class name that goes on and on for more than three lines of it",
+            "a class name\nthat goes on and\non for more …",
+        ),
+        ("x" * 250, f"{'x' * 16}\n{'x' * 16}\n…"),
+        ("中" * 40, f"{'中' * 8}\n{'中' * 8}\n…"),
+        ("two\nlines\tof\u3000words", "two lines of\nwords"),
+        ("___", "___"),
+        (" \n", ""),
+    ],
+)
+def test_a_class_name_takes_three_lines_at_most(only_bundled_fonts, tmp_path, name, shown):
+    install_font(tmp_path / "han.ttf", "Test Han", "中")
+    assert neighbours._short(name) == shown
 
 
 def test_a_run_without_embeddings_is_an_error_that_names_the_file(tmp_path):

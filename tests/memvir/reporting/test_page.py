@@ -6,10 +6,10 @@ from html.parser import HTMLParser
 import pandas as pd
 import pytest
 
-from memvir.reporting import page, tables
+from memvir.reporting import aggregation, page
+from memvir.reporting.aggregation import Experiment
 from memvir.reporting.page import Picture, Section
 from memvir.reporting.results import Line
-from memvir.reporting.tables import Experiment
 
 LINES = [
     Line("plain", "Norm-SoftMax", "Norm-SoftMax", None),
@@ -33,12 +33,12 @@ def experiment(scale: float = 23.0, shift: float = 0.0, missing: bool = False) -
     results = {
         (line.variant, seed): {
             "settings": {**settings, "memvir": {"num_steps": 5} if line.baseline else None, "seed": seed},
-            "environment": {"torch": "2.14.1"},
+            "made_by": {"training": {"environment": {"torch": "2.14.1"}}},
         }
         for line in LINES
         for seed in (1, 2)
     }
-    return Experiment(LINES, results, tables.summarise(values, LINES), [])
+    return Experiment(LINES, results, aggregation.summarise(values, LINES), [])
 
 
 class Outline(HTMLParser):

@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from memvir.config import parse_params
-from memvir.datasets.index import IndexRow, write_index
-from stages import curves, metrics, neighbours, report, show, tables, tsne
+from memvir.images.index import IndexRow, write_index
+from memvir.params import parse_params
+from stages import curves, metrics, neighbours, report, show, table4, tables, tsne
 from tests import tiny
 from tests.memvir.reporting.test_figures import GROWTHS, HISTORIES, files_of, write_snapshot
 
@@ -30,8 +30,6 @@ def workspace(tmp_path_factory):
         for seed in (1, 2):
             run = folder / "runs" / "tiny" / variant / str(seed)
             run.mkdir(parents=True)
-            HISTORIES[name, 1].to_csv(run / "history.csv", index=False)
-            GROWTHS[name, 1].to_csv(run / "growth.csv", index=False)
             np.savez(run / "test_embeddings.npz", embeddings=random.normal(size=(CLASSES * PER_CLASS, 4)))
             values = dict(zip(("recall_at_1", "recall_at_2", "rp", "map"), random.random(4).tolist(), strict=True))
             result = {
@@ -40,11 +38,13 @@ def workspace(tmp_path_factory):
                 "last_epoch": 8,
                 "best_epochs": dict.fromkeys(values, 8),
                 "settings": params.run("tiny", variant, seed).model_dump(mode="json"),
-                "environment": {"torch": "2.14.1"},
+                "made_by": {"training": {"environment": {"torch": "2.14.1"}}},
             }
             path = folder / "results" / "tiny" / variant / f"{seed}.json"
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(json.dumps(result))
+            HISTORIES[name, 1].to_csv(path.with_suffix(".history.csv"), index=False)
+            GROWTHS[name, 1].to_csv(path.with_suffix(".growth.csv"), index=False)
     write_snapshot(folder / "runs" / "tiny" / "tsne" / "1" / "snapshots" / "epoch-0001.npz", steps=2)
     tiny.write_images(folder / "dataset" / "tiny" / "images", CLASSES, PER_CLASS)
     images = folder / "dataset" / "tiny" / "images"
@@ -67,6 +67,7 @@ def make_reports(monkeypatch, figures=(curves, tsne, neighbours)) -> dict[str, b
     for stage in (tables, *figures, report):
         run(stage, monkeypatch, "--dataset", "tiny")
     run(metrics, monkeypatch)
+    run(table4, monkeypatch)
     return files_of(Path("reports"))
 
 

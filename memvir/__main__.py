@@ -1,0 +1,3 @@
+from memvir.cli import main
+
+main()

@@ -1,0 +1,75 @@
+"""What a search for a recipe's settings tries, and for how much; and what a study varies."""
+
+from typing import Annotated, Any
+
+from pydantic import Field, field_validator, model_validator
+
+from memvir.sections import Count, Name, Section, Seed
+
+
+class Range(Section):
+    low: float
+    high: float
+    log: bool = True
+    """Drawn uniformly on a logarithmic scale."""
+
+    @model_validator(mode="after")
+    def _increasing(self) -> "Range":
+        if not self.low < self.high or (self.log and self.low <= 0):
+            raise ValueError("low must be below high, and above 0 where log is true")
+        return self
+
+
+class Choices(Section):
+    choices: list[Any] = Field(min_length=2)
+    """Each as likely as another."""
+
+
+class Tuning(Section):
+    """A search over settings, with validation classes cut from the training classes. Changing it re-trains nothing."""
+
+    trials: Count
+    """Settings that are tried for each variant, the same number for every one."""
+    finalists: Count
+    """The best of them, tried again under all `seeds`."""
+    seeds: Annotated[list[Seed], Field(min_length=1)]
+    """Of the runs; trials are made under the first. None of them should be a seed of the tables."""
+    validation_share: Annotated[float, Field(gt=0, lt=1)]
+    """Of the training classes, how many validate; drawn once, the same for all variants."""
+    seed: Seed = 0
+    """Of the validation classes and of the settings that are drawn."""
+    space: dict[str, Range | Choices]
+    """Keys of a variant, such as training.optimizer.lr; those of a section that it does not have are left out."""
+
+    @property
+    def runs(self) -> int:
+        """For each variant."""
+        return self.trials + min(self.finalists, self.trials) * (len(self.seeds) - 1)
+
+    @field_validator("space")
+    @classmethod
+    def _of_a_variant(cls, value: dict[str, Any]) -> dict[str, Any]:
+        return _keys_of_a_variant(value)
+
+
+class Study(Section):
+    """Runs on the validation classes of `tuning`, every combination of some settings. Changing it re-trains nothing."""
+
+    variants: Annotated[list[Name], Field(min_length=1)]
+    over: dict[str, Annotated[list[Any], Field(min_length=1)]]
+    """Keys of a variant -> their values; those of a section that it does not have are left out."""
+    seeds: Annotated[list[Seed], Field(min_length=1)]
+    check_epoch: Count | None = None
+    """Evaluate every so many epochs; null: after the last one alone."""
+
+    @field_validator("over")
+    @classmethod
+    def _of_a_variant(cls, value: dict[str, Any]) -> dict[str, Any]:
+        return _keys_of_a_variant(value)
+
+
+def _keys_of_a_variant(value: dict[str, Any]) -> dict[str, Any]:
+    for key in value:
+        if "." not in key:
+            raise ValueError(f"{key} is no key of a variant such as loss.scale")
+    return value

@@ -1,0 +1,1 @@
+"""Images from where they lie to training batches: sources, archives, index, decoded pixels, crops."""

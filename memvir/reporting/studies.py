@@ -1,0 +1,129 @@
+"""What a recipe's studies have found on the validation classes, as figures."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import pandas as pd
+from matplotlib.axes import Axes
+
+from memvir.experiment.search_space import Study
+from memvir.experiment.settings import Recipe
+from memvir.reporting.figures import house_style, line_styles, new_figure, save_figure
+from memvir.reporting.results import Line, table_lines
+
+RUN = ["seed", "epoch", "recall_at_1", "map"]
+"""The columns that neither are a setting nor the variant."""
+NO_STUDY = "There is none: `studies` in params.yaml declares them, and `python -m stages.study` makes them."
+
+
+@dataclass(frozen=True)
+class Made:
+    """A study that has been made."""
+
+    name: str
+    study: Study
+    lines: list[Line]
+    table: pd.DataFrame
+    """As `memvir.tuning.studies` gives it."""
+
+    @property
+    def axes(self) -> list[str]:
+        """The settings that it varies."""
+        return [key for key, values in self.study.over.items() if len(values) > 1]
+
+    @property
+    def last(self) -> pd.DataFrame:
+        """Mean, Std. and number of runs of MAP after the last epoch, for every variant and its settings."""
+        table = self.table[self.table["epoch"] == self.table.groupby("variant")["epoch"].transform("max")]
+        keys = ["variant", *self.axes]
+        return table.groupby(keys, sort=False, dropna=False)["map"].agg(["mean", "std", "count"]).reset_index()
+
+    @property
+    def caption(self) -> str:
+        seeds = len(self.study.seeds)
+        fixed = [f"{key} {values[0]}" for key, values in self.study.over.items() if len(values) == 1]
+        return (
+            "MAP on validation classes, which are cut from the training classes as in the search for settings; "
+            f"mean of {seeds} seed{'s' if seeds > 1 else ''}, ± one sample standard deviation. All else as in the "
+            f"tables{', but for ' + ' and '.join(fixed) if fixed else ''}."
+        )
+
+
+def read_studies(recipe: Recipe, file: Callable[[str], Path]) -> list[Made]:
+    """The studies that have been made."""
+    return [
+        Made(name, study, table_lines(recipe, study.variants), pd.read_csv(file(name)))
+        for name, study in recipe.studies.items()
+        if file(name).exists()
+    ]
+
+
+def draw_study(made: Made, stem: Path) -> None:
+    """A heat map where two settings vary, else curves over epochs, as stem.png and stem.svg."""
+    with house_style():
+        if len(made.axes) == 2:
+            _draw_heat_maps(made, stem)
+        else:
+            _draw_curves(made, stem)
+
+
+def _draw_heat_maps(made: Made, stem: Path) -> None:
+    """A panel for each variant that has both settings; what the others reach stands above."""
+    down, across = made.axes
+    cells = {line: made.last[made.last["variant"] == line.variant] for line in made.lines}
+    varied = {line: found for line, found in cells.items() if found[[down, across]].notna().all(axis=None)}
+    figure = new_figure(1.5 + 4.8 * len(varied), 4.6)
+    values = pd.concat(varied.values())["mean"]
+    for panel, (line, found) in zip(figure.subplots(1, len(varied), squeeze=False).flat, varied.items(), strict=True):
+        means, spreads = (found.pivot(index=down, columns=across, values=name) for name in ("mean", "std"))
+        image = panel.imshow(means, cmap="viridis", vmin=values.min(), vmax=values.max(), aspect="auto")
+        _write_cells(panel, means, spreads, middle=(values.min() + values.max()) / 2)
+        panel.set_xticks(range(means.shape[1]), [f"{value:g}" for value in means.columns])
+        panel.set_yticks(range(means.shape[0]), [f"{value:g}" for value in means.index])
+        panel.set_xlabel(across)
+        panel.set_ylabel(down)
+        panel.set_title(line.title)
+        panel.grid(visible=False)
+    figure.colorbar(image, ax=figure.axes, label="MAP on validation classes (%)")
+    others = [f"{line.title}: {_spread(f.iloc[0])}" for line, f in cells.items() if line not in varied and len(f)]
+    if others:
+        figure.suptitle("; ".join(others))
+    save_figure(figure, stem)
+
+
+def _write_cells(panel: Axes, means: pd.DataFrame, spreads: pd.DataFrame, middle: float) -> None:
+    for row in range(means.shape[0]):
+        for column in range(means.shape[1]):
+            mean, std = means.iloc[row, column], spreads.iloc[row, column]
+            text = f"{mean:.2f}" + ("" if pd.isna(std) else f"\n± {std:.2f}")
+            colour = "white" if mean < middle else "black"
+            panel.text(column, row, text, ha="center", va="center", color=colour, fontsize=9)
+
+
+def _spread(row: pd.Series) -> str:
+    return f"{row['mean']:.2f}" + ("" if pd.isna(row["std"]) else f" ± {row['std']:.2f}")
+
+
+def _draw_curves(made: Made, stem: Path) -> None:
+    figure = new_figure(6.4, 4.4)
+    axes = figure.subplots()
+    for line, style in _with_styles(made.lines):
+        runs = made.table[made.table["variant"] == line.variant]
+        for values, found in runs.groupby(made.axes, sort=False) if made.axes else [((), runs)]:
+            curve = found.groupby("epoch")["map"].agg(["mean", "std"]).reset_index()
+            settings = "".join(f", {key} {value}" for key, value in zip(made.axes, values, strict=True))
+            axes.plot(curve["epoch"], curve["mean"], label=line.title + settings, linewidth=1.6, **style)
+            spread = curve["std"].fillna(0.0)
+            low, high = curve["mean"] - spread, curve["mean"] + spread
+            axes.fill_between(curve["epoch"], low, high, color=style["color"], alpha=0.15, linewidth=0)
+    axes.set_xlabel("epoch")
+    axes.set_xlim(left=0)
+    axes.set_ylabel("MAP on validation classes (%)")
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=2)
+    save_figure(figure, stem)
+
+
+def _with_styles(lines: Sequence[Line]) -> list[tuple[Line, Mapping]]:
+    styles = line_styles(lines)
+    return [(line, styles[line.variant]) for line in lines]

@@ -1,0 +1,110 @@
+"""faiss on the CPU or on one GPU; where the GPU cannot, one line says so and the CPU gives the same answer."""
+
+import logging
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import faiss
+import numpy as np
+
+from memvir.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+
+    Search = Callable[[np.ndarray, int], tuple[np.ndarray, np.ndarray]]
+
+log = logging.getLogger("memvir")
+
+GPU_MOST_NEIGHBOURS = 2048  # faiss's limit on a GPU
+GPU_TEMPORARY_BYTES = 128 << 20  # faiss reserves 1.5 GB unless told, beside a training process (faiss issue 2155)
+GPU_SPARE_BYTES = 1 << 30  # cuBLAS, the context and faiss's tiles; faiss aborts the process where cuBLAS finds no room
+KMEANS_ITERATIONS = 20
+KMEANS_SEED = 1234
+
+
+def search_on(gallery: np.ndarray, gpu: int | None) -> "tuple[int | None, Search]":
+    """The GPU that is used after all, and a function of queries (Q, D) and k: similarities and indices (Q, k)."""
+
+    def on_cpu(queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+        return faiss.knn(queries, gallery, k, metric=faiss.METRIC_INNER_PRODUCT)  # reads the gallery where it lies
+
+    if gpu is None:
+        return None, on_cpu
+    try:
+        index = _gpu_index(gallery.shape[1], gpu, faiss.METRIC_INNER_PRODUCT, len(gallery))
+        index.add(gallery)
+    except Exception as error:  # whatever an absent or busy GPU raises: the CPU gives the same answer
+        _say_cpu_instead(gpu, error)
+        return None, on_cpu
+
+    def on_gpu(queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+        nonlocal index
+        if index is None or k > GPU_MOST_NEIGHBOURS:
+            return on_cpu(queries, k)
+        try:
+            return index.search(queries, k)
+        except Exception as error:
+            _say_cpu_instead(gpu, error)
+            index = None
+            return on_cpu(queries, k)
+
+    return gpu, on_gpu
+
+
+def cluster(gallery: np.ndarray, num_clusters: int, gpu: int | None) -> np.ndarray:
+    """(G,) the k-means cluster of each image."""
+
+    def cluster_with(index: Any) -> np.ndarray:
+        clustering = faiss.Clustering(gallery.shape[1], num_clusters)
+        clustering.niter, clustering.seed = KMEANS_ITERATIONS, KMEANS_SEED
+        clustering.min_points_per_centroid, clustering.max_points_per_centroid = 1, len(gallery)
+        clustering.train(gallery, index)  # leaves the centroids in the index
+        return index.search(gallery, 1)[1][:, 0]
+
+    if gpu is not None:
+        try:
+            return cluster_with(_gpu_index(gallery.shape[1], gpu, faiss.METRIC_L2, num_clusters))
+        except Exception as error:
+            _say_cpu_instead(gpu, error)
+    return cluster_with(faiss.IndexFlatL2(gallery.shape[1]))
+
+
+def _gpu_index(dim: int, gpu: int, metric: int, vectors: int) -> Any:
+    """An empty faiss index on that GPU and no other; the exception says why there can be none."""
+    import torch
+
+    if gpu >= faiss.get_num_gpus():
+        raise RuntimeError(f"faiss {faiss.__version__} sees {faiss.get_num_gpus()} GPUs")
+    needed = vectors * dim * 4 + GPU_TEMPORARY_BYTES + GPU_SPARE_BYTES
+    if torch.cuda.mem_get_info(gpu)[0] < needed:
+        torch.cuda.empty_cache()  # what torch keeps from finished batches
+        free = torch.cuda.mem_get_info(gpu)[0]
+        if free < needed:
+            raise RuntimeError(f"{free >> 20} MiB of its memory are free, {needed >> 20} are needed")
+    resources = faiss.StandardGpuResources()
+    resources.setTempMemory(GPU_TEMPORARY_BYTES)
+    resources.setPinnedMemory(0)  # serves searches paged from host memory; a chunk of queries is small
+    config = faiss.GpuIndexFlatConfig()
+    config.device = gpu
+    return faiss.GpuIndexFlat(resources, dim, metric, config)
+
+
+def _say_cpu_instead(gpu: int, error: Exception) -> None:
+    reason = str(error).strip().splitlines() or [type(error).__name__]
+    log.warning("faiss cannot use GPU %d (%s); it searches on the CPU instead", gpu, reason[-1].strip())
+
+
+def gpu_number(device: "torch.device | str | int") -> int | None:
+    """The number of the GPU that `device` names; None is the CPU."""
+    import torch
+
+    try:
+        device = torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise UserError(f"device: torch knows no {device!r}; use 'cpu' or 'cuda:0'") from error
+    if device.type != "cuda":
+        return None
+    if device.index is None:
+        return torch.cuda.current_device() if torch.cuda.is_available() else 0
+    return device.index

@@ -1,0 +1,93 @@
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torchvision.transforms.v2.functional import resized_crop
+
+from benchmarks.gpu_check import __main__ as gpu_check
+from benchmarks.gpu_check import crops, parts
+from benchmarks.gpu_check.page import to_markdown
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_a_part_runs_on_the_cpu_and_the_page_says_that_nothing_about_gpus_is_shown(tmp_path):
+    command = [sys.executable, "-m", "benchmarks.gpu_check", "--device", "cpu", "--out", tmp_path, "--parts", "bits"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "NOTHING ABOUT GPUs IS SHOWN" in done.stdout
+    page, content = (tmp_path / "cpu.md").read_text(), json.loads((tmp_path / "cpu.json").read_text())
+    assert "nothing about GPUs" in page and "## bits" in page
+    assert content["parts"]["bits"]["status"] == "done"
+    assert len(set(content["parts"]["bits"]["values"].values())) == 1
+
+
+@pytest.mark.parametrize("part", parts.PARTS)
+def test_every_part_is_a_function_that_there_is(part):
+    module, _, function = parts.PARTS[part].function.partition(":")
+    source = (ROOT / "benchmarks" / "gpu_check" / f"{module}.py").read_text()
+    assert f"def {function}(device: str) -> Iterator[dict[str, Any]]:" in source
+
+
+def test_what_a_part_had_found_is_kept_and_nothing_that_it_started_lives_on(monkeypatch, tmp_path):
+    (tmp_path / "part.py").write_text(
+        f"""
+import json, pathlib, subprocess, sys, time
+child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+pathlib.Path({str(tmp_path / "child")!r}).write_text(str(child.pid))
+print(json.dumps({{"status": "done", "why": "", "values": {{"images": 3}}}}))
+print('{{"status": "done", "wh', flush=True)
+time.sleep(600)
+"""
+    )
+    (tmp_path / "python").write_text(f"#!/bin/sh\nexec {sys.executable} {tmp_path}/part.py\n")
+    (tmp_path / "python").chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
+    monkeypatch.setitem(parts.PARTS, "bits", parts.Part("hangs", "bits:check", 10))
+    outcome = gpu_check.in_a_process("bits", "cpu")
+    assert (outcome["status"], outcome["values"]) == ("too slow", {"images": 3})
+    assert not Path(f"/proc/{(tmp_path / 'child').read_text()}/cmdline").exists() or is_over(tmp_path / "child")
+
+
+def is_over(file: Path) -> bool:
+    """Whether the process has ended, though nobody has asked how."""
+    return "State:\tZ" in Path(f"/proc/{file.read_text()}/status").read_text()
+
+
+@pytest.mark.parametrize("box", [(0, 0, 60, 80), (10, 20, 31, 17), (3, 70, 57, 10), (0, 0, 1, 1)])
+def test_crops_by_matrix_products_are_torchvisions(box):
+    pixels = torch.randint(0, 256, (1, 3, 60, 80), dtype=torch.uint8)
+    expected = resized_crop(pixels.double(), *box, [24, 24], antialias=True)
+    found = crops.resized_crops(pixels, torch.tensor([box], dtype=torch.float64), 24)
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-4)
+
+
+def test_a_part_that_hangs_is_ended_and_named(monkeypatch):
+    monkeypatch.setitem(parts.PARTS, "bits", parts.Part("hangs", "bits:check", 0))
+    outcome = gpu_check.in_a_process("bits", "cpu")
+    assert (outcome["status"], outcome["why"]) == ("too slow", "ended after 0 s")
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "why"),
+    [
+        (RuntimeError("the driver\nis too old"), "failed", "RuntimeError: the driver is too old"),
+        (ModuleNotFoundError("no", name="pandas"), "skipped", "pandas is not installed here"),
+        (parts.Skipped("one GPU only"), "skipped", "one GPU only"),
+    ],
+)
+def test_what_a_part_raises_is_told_with_its_status(error, status, why, monkeypatch, capsys):
+    def fail(part, device):
+        raise error
+
+    monkeypatch.setattr(parts, "run", fail)
+    with pytest.raises(SystemExit) as end:
+        gpu_check.run_here("bits", "cpu")
+    assert end.value.code == (gpu_check.PART_FAILED if status == "failed" else 0)
+    outcome = json.loads(capsys.readouterr().out)
+    assert (outcome["status"], outcome["why"]) == (status, why)
+    content = {"machine": {"name": "x", "device": "cuda"}, "parts": {"bits": {**outcome, "seconds": 1.0}}}
+    assert f"({status}: {why}; 1.0 s)" in to_markdown(content)
