@@ -43,6 +43,7 @@ def cases() -> Iterator[tuple[str, Callable[[], list]]]:
     for name in LOSSES:
         yield f"{name}: losses, gradients and embeddings of {STEPS} steps", lambda name=name: loss_steps(name, None)
         yield f"{name} with MemVir: the same", lambda name=name: loss_steps(name, (2, 1))
+        yield f"{name} with MemVir, of 300 classes", lambda name=name: loss_steps(name, (2, 1), 300)
     for optimizer in ("adam", "adamw", "sgd"):
         yield f"glyphs' network under {optimizer}", lambda optimizer=optimizer: network_steps(optimizer)
     yield "affine augmentation", affine
@@ -63,12 +64,12 @@ def embeddings(count: int, dim: int) -> np.ndarray:
     return numbers(count, dim).numpy()
 
 
-def loss_steps(name: str, memory: tuple[int, int] | None) -> list:
+def loss_steps(name: str, memory: tuple[int, int] | None, num_classes: int = C) -> list:
     """A linear embedder and the proxies, trained by Adam; everything that a step computes."""
-    loss = build_loss(name, C, D, generator=torch.Generator().manual_seed(0))
+    loss = build_loss(name, num_classes, D, generator=torch.Generator().manual_seed(0))
     loss = MemVir(loss, *memory) if memory else loss
     inputs, weights = numbers(STEPS, B, D), torch.nn.Parameter(numbers(D, D) / D**0.5)
-    labels = torch.from_numpy(np.random.Generator(np.random.PCG64(0)).integers(0, C, (STEPS, B)))
+    labels = torch.from_numpy(np.random.Generator(np.random.PCG64(0)).integers(0, num_classes, (STEPS, B)))
     optimizer = torch.optim.Adam([weights, *loss.parameters()], lr=0.01, fused=True)
     kept: list = [loss.proxies.detach().clone()]
     for step in range(STEPS):
@@ -120,7 +121,8 @@ def cropped() -> list:
 def rendered() -> list:
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder)
-        data = glyphs_params().recipe("glyphs").data.model_copy(update={"images_per_class": 2})
+        two = {"images_per_class": 2, "test_images_per_class": 2}
+        data = glyphs_params().recipe("glyphs").data.model_copy(update=two)
         data.download(ROOT / "dataset" / "glyphs" / "source", place)
         return [file.read_bytes() for file in sorted(place.iterdir()) if file.name != "source.json"]
 

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from memvir.losses.logsumexp import LogSumExp
+from memvir.losses.products import Similarities
 from memvir.losses.proxy_loss import ProxyLoss
 
 
@@ -15,7 +16,7 @@ class CrossEntropyLoss(ProxyLoss):
         return similarity
 
     def block(self, embeddings, proxies, labels):
-        similarity = embeddings @ proxies.T  # (B, D) @ (D, C) -> (B, C)
+        similarity = Similarities.apply(embeddings, proxies)  # (B, C)
         own = labels[:, None]  # (B, 1)
         unchanged = similarity.gather(1, own)
         positive = self.positive(unchanged)

@@ -3,6 +3,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from memvir.losses.logsumexp import MASKED, LogSumExp, log_one_plus_exp
+from memvir.losses.products import Similarities
 from memvir.losses.proxy_loss import ProxyLoss
 
 if TYPE_CHECKING:
@@ -29,7 +30,7 @@ class ProxyAnchor(ProxyLoss):
         self.factor = alpha
 
     def block(self, embeddings, proxies, labels):
-        similarity = proxies @ embeddings.T  # (C, D) @ (D, B) -> (C, B)
+        similarity = Similarities.apply(proxies, embeddings)  # (C, B)
         own = labels == torch.arange(len(proxies), device=labels.device)[:, None]  # (C, B)
         negatives = (self.alpha * similarity).masked_fill(own, MASKED)
         positives = (-self.alpha * (similarity - self.delta)).masked_fill(~own, MASKED)

@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from memvir.losses.logsumexp import shares_and_logsumexp
+from memvir.losses.products import product
 from memvir.losses.proxy_loss import ProxyLoss
 
 
@@ -35,11 +36,11 @@ class CombinedWithPast(torch.autograd.Function):
         padding: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         n, num_anchors = len(block_lse), len(own)
-        logits = (loss.factor * anchors) @ past_others.T  # (A, D) @ (D, nK) -> (A, nK)
+        logits = product(loss.factor * anchors, past_others.T)  # (A, D) @ (D, nK) -> (A, nK)
         if padding is not None:
             logits += padding
         right, across = shares_and_logsumexp(logits.unflatten(1, (n, -1)))  # (A, n, K), (A, n)
-        logits = past_anchors @ (loss.factor * others).T  # (nA, D) @ (D, K) -> (nA, K)
+        logits = product(past_anchors, (loss.factor * others).T)  # (nA, D) @ (D, K) -> (nA, K)
         below, down = shares_and_logsumexp(logits)  # (nA, K), (nA,)
 
         # what each of the R = A + nA anchors is compared with, in 1 + n blocks: the current step's others, each slot's
@@ -60,8 +61,8 @@ class CombinedWithPast(torch.autograd.Function):
             ctx.save_for_backward(
                 by_block[:num_anchors, 0],
                 by_positive[:num_anchors],
-                right.flatten(1) @ past_others,  # (A, nK) @ (nK, D) -> (A, D)
-                below.T @ past_anchors,  # (K, nA) @ (nA, D) -> (K, D)
+                product(right.flatten(1), past_others),  # (A, nK) @ (nK, D) -> (A, D)
+                product(below.T, past_anchors),  # (K, nA) @ (nA, D) -> (K, D)
             )
         down = down.view(n, -1)
         ctx.mark_non_differentiable(across, down)

@@ -45,8 +45,8 @@ def evaluate(
         query, query_labels: (Q, D) and (Q,), images that are not in the gallery.
         nmi: also cluster `embeddings` by k-means, as many clusters as classes, always from the same seed, and give
             the normalised mutual information of clusters and classes.
-        device: faiss searches on this GPU; default: where `embeddings` is. Without faiss for GPU it says so and uses
-            the CPU.
+        device: faiss searches on this GPU; default: where `embeddings` is. Where it cannot, it says so, and torch
+            searches there, or faiss on the CPU.
 
     Raises:
         UserError: shapes that do not fit, embeddings that are not finite numbers, labels that are missing, k beyond the

@@ -1,4 +1,4 @@
-"""faiss on the CPU or on one GPU; where the GPU cannot, one line says so and the CPU gives the same answer."""
+"""faiss on the CPU or on one GPU; where it cannot, one line says so, and torch or the CPU gives the same answer."""
 
 import logging
 from collections.abc import Callable
@@ -19,37 +19,80 @@ log = logging.getLogger("memvir")
 GPU_MOST_NEIGHBOURS = 2048  # faiss's limit on a GPU
 GPU_TEMPORARY_BYTES = 128 << 20  # faiss reserves 1.5 GB unless told, beside a training process (faiss issue 2155)
 GPU_SPARE_BYTES = 1 << 30  # cuBLAS, the context and faiss's tiles; faiss aborts the process where cuBLAS finds no room
+TORCH_SIMILARITIES = 1 << 26  # held at once: 256 MB
 KMEANS_ITERATIONS = 20
 KMEANS_SEED = 1234
 
 
 def search_on(gallery: np.ndarray, gpu: int | None) -> "tuple[int | None, Search]":
-    """The GPU that is used after all, and a function of queries (Q, D) and k: similarities and indices (Q, k)."""
+    """The GPU that faiss uses after all, and a function of queries (Q, D) and k: similarities and indices (Q, k).
+
+    Where faiss cannot use the GPU, torch searches there; where it cannot either, faiss on the CPU.
+    """
 
     def on_cpu(queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
         return faiss.knn(queries, gallery, k, metric=faiss.METRIC_INNER_PRODUCT)  # reads the gallery where it lies
 
     if gpu is None:
         return None, on_cpu
-    try:
-        index = _gpu_index(gallery.shape[1], gpu, faiss.METRIC_INNER_PRODUCT, len(gallery))
-        index.add(gallery)
-    except Exception as error:  # whatever an absent or busy GPU raises: the CPU gives the same answer
-        _say_cpu_instead(gpu, error)
-        return None, on_cpu
+    untried = [("faiss", faiss_on_gpu), ("torch", torch_on_gpu)] if _torch_sees(gpu) else [("faiss", faiss_on_gpu)]
+    library = ""
+
+    def next_search() -> "Search":
+        nonlocal library
+        while untried:
+            library, search = untried.pop(0)
+            try:
+                return search(gallery, gpu)
+            except Exception as error:  # whatever an absent or busy GPU raises: the next gives the same answer
+                say_instead(error)
+        library = ""
+        return on_cpu
+
+    def say_instead(error: Exception) -> None:
+        then = f"{untried[0][0]} searches there" if untried else "it searches on the CPU"
+        _say_instead(library, gpu, error, then)
+
+    current = next_search()
 
     def on_gpu(queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-        nonlocal index
-        if index is None or k > GPU_MOST_NEIGHBOURS:
-            return on_cpu(queries, k)
-        try:
-            return index.search(queries, k)
-        except Exception as error:
-            _say_cpu_instead(gpu, error)
-            index = None
-            return on_cpu(queries, k)
+        nonlocal current
+        while current is not on_cpu and k <= GPU_MOST_NEIGHBOURS:
+            try:
+                return current(queries, k)
+            except Exception as error:
+                say_instead(error)
+                current = next_search()
+        return on_cpu(queries, k)
 
-    return gpu, on_gpu
+    return (gpu if library == "faiss" else None), on_gpu
+
+
+def faiss_on_gpu(gallery: np.ndarray, gpu: int) -> "Search":
+    index = _gpu_index(gallery.shape[1], gpu, faiss.METRIC_INNER_PRODUCT, len(gallery))
+    index.add(gallery)
+    return index.search
+
+
+def torch_on_gpu(gallery: np.ndarray, gpu: "int | str") -> "Search":
+    """The same by one matrix product for some queries at a time, in full float32. `gpu` may be any device of torch."""
+    import torch
+
+    tensor = torch.from_numpy(gallery).to(gpu)
+
+    def search(queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+        found = []
+        precision, torch.backends.cuda.matmul.allow_tf32 = torch.backends.cuda.matmul.allow_tf32, False
+        try:
+            for part in torch.from_numpy(queries).to(gpu).split(max(1, TORCH_SIMILARITIES // len(gallery))):
+                values, indices = (part @ tensor.T).topk(k)
+                found.append((values.cpu().numpy(), indices.cpu().numpy()))
+        finally:
+            torch.backends.cuda.matmul.allow_tf32 = precision
+        similarities, indices = zip(*found, strict=True)
+        return np.concatenate(similarities), np.concatenate(indices)
+
+    return search
 
 
 def cluster(gallery: np.ndarray, num_clusters: int, gpu: int | None) -> np.ndarray:
@@ -66,7 +109,7 @@ def cluster(gallery: np.ndarray, num_clusters: int, gpu: int | None) -> np.ndarr
         try:
             return cluster_with(_gpu_index(gallery.shape[1], gpu, faiss.METRIC_L2, num_clusters))
         except Exception as error:
-            _say_cpu_instead(gpu, error)
+            _say_instead("faiss", gpu, error, "it clusters on the CPU")
     return cluster_with(faiss.IndexFlatL2(gallery.shape[1]))
 
 
@@ -90,9 +133,15 @@ def _gpu_index(dim: int, gpu: int, metric: int, vectors: int) -> Any:
     return faiss.GpuIndexFlat(resources, dim, metric, config)
 
 
-def _say_cpu_instead(gpu: int, error: Exception) -> None:
+def _say_instead(library: str, gpu: int, error: Exception, then: str) -> None:
     reason = str(error).strip().splitlines() or [type(error).__name__]
-    log.warning("faiss cannot use GPU %d (%s); it searches on the CPU instead", gpu, reason[-1].strip())
+    log.warning("%s cannot use GPU %d (%s); %s instead", library, gpu, reason[-1].strip(), then)
+
+
+def _torch_sees(gpu: int) -> bool:
+    import torch
+
+    return gpu < torch.cuda.device_count()
 
 
 def gpu_number(device: "torch.device | str | int") -> int | None:

@@ -650,6 +650,28 @@ def test_a_gpu_that_fails_in_the_middle_is_replaced_by_the_cpu_with_one_notice(m
     ]
 
 
+@pytest.mark.parametrize("fails_at", [None, 0])
+def test_torch_searches_on_a_gpu_that_faiss_cannot_use(fails_at, monkeypatch, caplog):
+    """Here the GPU is the CPU under another name."""
+    fake_gpus(monkeypatch)
+    if fails_at is None:
+        monkeypatch.delattr(faiss, "StandardGpuResources")
+    monkeypatch.setattr(FakeGpuIndex, "fails_at", fails_at)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    on_gpu, asked = search.torch_on_gpu, []
+
+    def on_this_cpu(gallery, gpu):
+        asked.append(gpu)
+        return on_gpu(gallery, "cpu")
+
+    monkeypatch.setattr(search, "torch_on_gpu", on_this_cpu)
+    monkeypatch.setattr(search, "TORCH_SIMILARITIES", 1000)  # three queries at a time
+    embeddings = np.random.default_rng(14).normal(size=(300, 8)).astype(np.float32)  # without ties
+    assert evaluate(embeddings, np.arange(300) % 40, device="cuda:0") == evaluate(embeddings, np.arange(300) % 40)
+    assert asked == [0]
+    assert [message.partition("; ")[2] for message in caplog.messages] == ["torch searches there instead"]
+
+
 def test_a_gpu_without_room_is_not_touched(monkeypatch, caplog):
     fake_gpus(monkeypatch, free=100 << 20)
     embeddings, labels = random_images(15, 100, 5)

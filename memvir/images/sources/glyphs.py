@@ -5,6 +5,7 @@ archive is a function of the recipe's `data` section and of the table of charact
 """
 
 import io
+import itertools
 import tarfile
 from pathlib import Path
 from typing import Annotated, Literal
@@ -26,6 +27,8 @@ class Glyphs(Source):
     source: Literal["glyphs"]
     images_per_class: Annotated[int, Field(ge=2, le=1000)]
     """Rendered instances of each character."""
+    test_images_per_class: Annotated[int, Field(ge=2, le=1000)] | None = None
+    """Those of the characters that test; null: as many. More make figures that differ less from seed to seed."""
     size: Side
     """Side of a rendered image in pixels."""
     seed: Seed
@@ -37,13 +40,14 @@ class Glyphs(Source):
 
         characters = read_characters(source / ANNOTATION)
         check_coverage(characters, source / ANNOTATION)
-        count = self.images_per_class
+        ends = list(itertools.accumulate(self._counts(len(characters))))  # the last image of each class
+        starts = [0, *ends]
         rendered = (
             image
-            for class_id, character in enumerate(characters, 1)
-            for image in render(character, class_id, count, self.size, self.seed)
+            for class_id, (character, start, end) in enumerate(zip(characters, starts, ends, strict=False), 1)
+            for image in render(character, class_id, end - start, self.size, self.seed)
         )
-        images = counted(rendered, "rendering glyphs", len(characters) * count, "images")
+        images = counted(rendered, "rendering glyphs", ends[-1], "images")
         with (
             atomic_write(target / ARCHIVE) as file,
             tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar,
@@ -53,9 +57,15 @@ class Glyphs(Source):
                 member = tarfile.TarInfo(f"glyph_ims/{number:06}.png")  # its date and owner stay at zero
                 member.size = len(content)
                 tar.addfile(member, io.BytesIO(content))
-        rows = [(i * count + 1, (i + 1) * count, i + 1, class_name(c)) for i, c in enumerate(characters)]
+        rows = [(starts[i] + 1, ends[i], i + 1, class_name(c)) for i, c in enumerate(characters)]
         write_annotation(target / ANNOTATION, rows)
         write_json(target / "source.json", {"source": "rendered from the typefaces of Matplotlib", "path": ARCHIVE})
+
+    def _counts(self, num_classes: int) -> list[int]:
+        """How many images each class has; the first half of the classes is for training, as `annotation` has it."""
+        train = num_classes // 2
+        test = self.test_images_per_class or self.images_per_class
+        return [self.images_per_class] * train + [test] * (num_classes - train)
 
     def prepare(self, source: Path, download: Path, images: Path, index: Path) -> None:
         """Rearrange the archive into images/{train,test}/CLASS/* and write the index."""

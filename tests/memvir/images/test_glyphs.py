@@ -77,6 +77,17 @@ def test_more_images_per_class_leave_the_first_ones_as_they_are(few: Path, tmp_p
     assert (index.groupby("class_id").size() == 40).all()
 
 
+def test_characters_that_test_can_have_more_images(few: Path, tmp_path: Path) -> None:
+    plain = read_index(make(few, tmp_path / "plain", images_per_class=3) / "index.csv").query("split == 'train'")
+    index = read_index(make(few, tmp_path / "more", images_per_class=3, test_images_per_class=5) / "index.csv")
+    assert index.groupby("split")["class_id"].value_counts().groupby("split").unique().to_dict() == {
+        "train": [3],
+        "test": [5],
+    }
+    train = index.query("split == 'train'")
+    assert train[["file", "md5"]].values.tolist() == plain[["file", "md5"]].values.tolist(), "training stays as it was"
+
+
 @pytest.mark.parametrize("size", [1, 8, 100])
 def test_images_have_the_size_of_the_recipe_and_fill_it(size: int) -> None:
     images = list(glyph_drawings.render("B", 1, 16, size, 0))

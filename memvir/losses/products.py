@@ -1,0 +1,40 @@
+"""Matrix products with the same bits on every processor."""
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+BLOCK = 128
+"""Terms of a sum that MKL adds up one by one on AMD and on Intel; of more it makes blocks, which differ."""
+
+
+def product(a: Tensor, b: Tensor) -> Tensor:
+    """a (m, k) @ b (k, n), on a CPU as a sum over blocks of k, in order; without a gradient of its own.
+
+    MKL blocks long sums too, by the processor's caches. Here the blocks are always the same, and cost as little.
+    """
+    if a.device.type != "cpu" or a.shape[1] <= BLOCK:
+        return a @ b
+    total = a[:, :BLOCK] @ b[:BLOCK]
+    for start in range(BLOCK, a.shape[1], BLOCK):
+        total.addmm_(a[:, start : start + BLOCK], b[start : start + BLOCK])
+    return total
+
+
+class Similarities(torch.autograd.Function):
+    """The inner products of anchors (A, D) with others (K, D) -> (A, K), with their gradients."""
+
+    @staticmethod
+    def forward(ctx, anchors: Tensor, others: Tensor) -> Tensor:
+        ctx.save_for_backward(anchors, others)
+        return product(anchors, others.T)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        anchors, others = ctx.saved_tensors
+        by_anchors, by_others = ctx.needs_input_grad
+        return (
+            product(gradient, others) if by_anchors else None,  # (A, K) @ (K, D)
+            product(gradient.T, anchors) if by_others else None,  # (K, A) @ (A, D)
+        )
