@@ -9,7 +9,16 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
 from memvir.errors import UserError
-from memvir.experiment.settings import TSNE_VARIANT, Recipe, Run, Runtime, Training, Variant
+from memvir.experiment.settings import (
+    TSNE_VARIANT,
+    Recipe,
+    Run,
+    Runtime,
+    Training,
+    Variant,
+    changed,
+    has_section,
+)
 from memvir.reporting.settings import Reporting
 from memvir.sections import Name, Section, Seed, describe, key_name, suggest, validate
 from memvir.wrappers import WRAPPERS
@@ -111,6 +120,7 @@ def parse_params(raw: Any) -> Params:
         for variant in params.variants:
             params.run(dataset, variant, params.seeds[0])
     for dataset, recipe in params.recipes.items():
+        _check_studies(params, dataset, recipe)
         for name, variant in recipe.variants.items():
             _check_epochs(variant, params.run(dataset, name, 0).training, f"{dataset}.variants.{name}")
             if name == TSNE_VARIANT and not variant.snapshots:
@@ -121,6 +131,22 @@ def parse_params(raw: Any) -> Params:
 def _training(recipe: Recipe, variant: Variant, prefix: str) -> Training:
     merged = _merge(recipe.training.model_dump(), variant.training)
     return validate(Training, merged, f"{prefix}.training")
+
+
+def _check_studies(params: Params, dataset: str, recipe: Recipe) -> None:
+    """Each key is one of a variant that the study has, each value one that the variant takes."""
+    for name, study in recipe.studies.items():
+        where = f"{dataset}.studies.{name}"
+        runs = [params.run(dataset, variant, study.seeds[0]) for variant in study.variants]
+        for key in study.over:
+            if not any(has_section(run, key) for run in runs):
+                raise UserError(f"{where}.over: none of {', '.join(study.variants)} has {key.partition('.')[0]}")
+        for run in runs:
+            over = {key: values for key, values in study.over.items() if has_section(run, key)}
+            first = {key: values[0] for key, values in over.items()}
+            for key, values in over.items():
+                for value in values:
+                    changed(run, {**first, key: value}, f"{where}.over")
 
 
 def _check_epochs(variant: Variant, training: Training, prefix: str) -> None:

@@ -4,7 +4,11 @@ from typing import Annotated, Any
 
 from pydantic import Field, field_validator, model_validator
 
-from memvir.sections import Count, Name, Section, Seed
+from memvir.sections import Count, Name, Section, Seed, suggest
+from memvir.wrappers import WRAPPERS
+
+SECTIONS = ("loss", "training", *WRAPPERS)
+"""Of a variant: what a search or a study can change."""
 
 
 class Range(Section):
@@ -57,7 +61,8 @@ class Study(Section):
 
     variants: Annotated[list[Name], Field(min_length=1)]
     over: dict[str, Annotated[list[Any], Field(min_length=1)]]
-    """Keys of a variant -> their values; those of a section that it does not have are left out."""
+    """Keys of a variant -> their values, of two keys at most several; those of a section that it does not have are
+    left out."""
     seeds: Annotated[list[Seed], Field(min_length=1)]
     check_epoch: Count | None = None
     """Evaluate every so many epochs; null: after the last one alone."""
@@ -65,11 +70,14 @@ class Study(Section):
     @field_validator("over")
     @classmethod
     def _of_a_variant(cls, value: dict[str, Any]) -> dict[str, Any]:
+        if len(varied := [key for key, values in value.items() if len(values) > 1]) > 2:
+            raise ValueError(f"a figure shows two settings; give one value for all but two of {', '.join(varied)}")
         return _keys_of_a_variant(value)
 
 
 def _keys_of_a_variant(value: dict[str, Any]) -> dict[str, Any]:
     for key in value:
-        if "." not in key:
-            raise ValueError(f"{key} is no key of a variant such as loss.scale")
+        section, _, name = key.partition(".")
+        if section not in SECTIONS or not name:
+            raise ValueError(f"{key} is no key of a variant such as loss.scale{suggest(section, SECTIONS)}")
     return value

@@ -14,7 +14,7 @@ from memvir.losses import DISPLAY_NAMES
 from memvir.losses.settings import Loss
 from memvir.models import backbone_class, canonical_backbone
 from memvir.models.settings import Model
-from memvir.sections import Count, Name, NonNegative, Positive, Section, Seed, UserPath
+from memvir.sections import Count, Name, NonNegative, Positive, Section, Seed, UserPath, validate
 from memvir.wrappers import WRAPPERS
 from memvir.wrappers.settings import Wrapped
 
@@ -264,3 +264,25 @@ class Run(Wrapped):
     @property
     def name(self) -> str:
         return f"{self.dataset}/{self.variant}/{self.seed}"
+
+
+def changed(run: Run, settings: Mapping[str, Any], where: str) -> Run:
+    """A run under other settings, by keys such as training.optimizer.lr.
+
+    Raises UserError, naming the key in `where`, if the run does not take such a setting.
+    """
+    content = run.model_dump()
+    for key, value in settings.items():
+        *sections, last = key.split(".")
+        place: Any = content
+        for section in sections:
+            place = place.get(section)
+            if not isinstance(place, dict):
+                raise UserError(f"{where}.{key}: {section} is no section of a variant")
+        place[last] = value
+    return validate(Run, content, prefix=where)
+
+
+def has_section(run: Run, key: str) -> bool:
+    """Whether a run has the section that a key such as memvir.num_steps belongs to."""
+    return getattr(run, key.partition(".")[0]) is not None

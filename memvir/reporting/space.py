@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pandas as pd
 from matplotlib.axes import Axes
+from matplotlib.lines import Line2D
 
 from memvir.reporting.aggregation import confidence_of_mean, seeds_of
 from memvir.reporting.figures import COLOURS, house_style, new_figure, save_figure
@@ -35,6 +36,8 @@ def draw_space(space: pd.DataFrame, summary: pd.DataFrame, lines: Sequence[Line]
                 _draw_rows(panel, both.loc[metric, "last"], shown, seeds_of(space), colour)
             panel.set_xlabel(title)
             panel.margins(y=0.12)
+        sides = [Line2D([], [], linestyle="", marker="o", color=colour) for colour in COLOURS[:2]]
+        figure.legend(sides, ["seen classes", "unseen classes"], loc="outside lower left", ncols=2)
         panel.set_yticks(range(len(shown)), [line.title for line in shown])
         panel.invert_yaxis()
         save_figure(figure, stem)

@@ -32,6 +32,10 @@ class Made:
         """The settings that it varies."""
         return [key for key, values in self.study.over.items() if len(values) > 1]
 
+    def values(self, key: str) -> list[str]:
+        """Those of a setting, in the order in which they are declared, as the table has them."""
+        return [str(value) for value in self.study.over[key]]
+
     @property
     def last(self) -> pd.DataFrame:
         """Mean, Std. and number of runs of MAP after the last epoch, for every variant and its settings."""
@@ -53,19 +57,22 @@ class Made:
 def read_studies(recipe: Recipe, file: Callable[[str], Path]) -> list[Made]:
     """The studies that have been made."""
     return [
-        Made(name, study, table_lines(recipe, study.variants), pd.read_csv(file(name)))
+        Made(
+            name,
+            study,
+            table_lines(recipe, study.variants),
+            pd.read_csv(file(name), dtype=dict.fromkeys(study.over, str), na_values="", keep_default_na=False),
+        )
         for name, study in recipe.studies.items()
         if file(name).exists()
     ]
 
 
 def draw_study(made: Made, stem: Path) -> None:
-    """A heat map where two settings vary, else curves over epochs, as stem.png and stem.svg."""
+    """Where two settings vary a heat map, where one does its values, else curves over epochs: stem.png and stem.svg."""
+    draw = (_draw_curves, _draw_values, _draw_heat_maps)[len(made.axes)]
     with house_style():
-        if len(made.axes) == 2:
-            _draw_heat_maps(made, stem)
-        else:
-            _draw_curves(made, stem)
+        draw(made, stem)
 
 
 def _draw_heat_maps(made: Made, stem: Path) -> None:
@@ -76,17 +83,21 @@ def _draw_heat_maps(made: Made, stem: Path) -> None:
     figure = new_figure(1.5 + 4.8 * len(varied), 4.6)
     values = pd.concat(varied.values())["mean"]
     for panel, (line, found) in zip(figure.subplots(1, len(varied), squeeze=False).flat, varied.items(), strict=True):
-        means, spreads = (found.pivot(index=down, columns=across, values=name) for name in ("mean", "std"))
+        rows, columns = made.values(down), made.values(across)
+        means, spreads = (
+            found.pivot(index=down, columns=across, values=name).reindex(index=rows, columns=columns)
+            for name in ("mean", "std")
+        )
         image = panel.imshow(means, cmap="viridis", vmin=values.min(), vmax=values.max(), aspect="auto")
         _write_cells(panel, means, spreads, middle=(values.min() + values.max()) / 2)
-        panel.set_xticks(range(means.shape[1]), [f"{value:g}" for value in means.columns])
-        panel.set_yticks(range(means.shape[0]), [f"{value:g}" for value in means.index])
+        panel.set_xticks(range(len(columns)), columns)
+        panel.set_yticks(range(len(rows)), rows)
         panel.set_xlabel(across)
         panel.set_ylabel(down)
         panel.set_title(line.title)
         panel.grid(visible=False)
     figure.colorbar(image, ax=figure.axes, label="MAP on validation classes (%)")
-    others = [f"{line.title}: {_spread(f.iloc[0])}" for line, f in cells.items() if line not in varied and len(f)]
+    others = [f"{line.title}: {_best(f)}" for line, f in cells.items() if line not in varied and len(f)]
     if others:
         figure.suptitle("; ".join(others))
     save_figure(figure, stem)
@@ -96,6 +107,8 @@ def _write_cells(panel: Axes, means: pd.DataFrame, spreads: pd.DataFrame, middle
     for row in range(means.shape[0]):
         for column in range(means.shape[1]):
             mean, std = means.iloc[row, column], spreads.iloc[row, column]
+            if pd.isna(mean):  # all of its runs have diverged
+                continue
             text = f"{mean:.2f}" + ("" if pd.isna(std) else f"\n± {std:.2f}")
             colour = "white" if mean < middle else "black"
             panel.text(column, row, text, ha="center", va="center", color=colour, fontsize=9)
@@ -105,18 +118,44 @@ def _spread(row: pd.Series) -> str:
     return f"{row['mean']:.2f}" + ("" if pd.isna(row["std"]) else f" ± {row['std']:.2f}")
 
 
+def _best(found: pd.DataFrame) -> str:
+    best = _spread(found.loc[found["mean"].idxmax()])
+    return best if len(found) == 1 else f"{best}, the best of {len(found)}"
+
+
+def _draw_values(made: Made, stem: Path) -> None:
+    """A point for each value and variant; a variant without the setting is one line across."""
+    (key,) = made.axes
+    places = {value: place for place, value in enumerate(made.values(key))}
+    figure = new_figure(6.4, 4.4)
+    axes = figure.subplots()
+    for line, style in _with_styles(made.lines):
+        found = made.last[made.last["variant"] == line.variant].fillna({"std": 0.0})
+        label = {"label": line.title, "linewidth": 1.6, **style}
+        if found[key].isna().all():
+            for _, row in found.iterrows():
+                axes.axhline(row["mean"], **label)
+                axes.axhspan(row["mean"] - row["std"], row["mean"] + row["std"], color=style["color"], alpha=0.15, lw=0)
+        else:
+            across = found[key].map(places)
+            axes.errorbar(across, found["mean"], yerr=found["std"], marker="o", capsize=3, **label)
+    axes.set_xticks(range(len(places)), list(places))
+    axes.set_xlabel(key)
+    axes.set_ylabel("MAP on validation classes (%)")
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=2)
+    save_figure(figure, stem)
+
+
 def _draw_curves(made: Made, stem: Path) -> None:
     figure = new_figure(6.4, 4.4)
     axes = figure.subplots()
     for line, style in _with_styles(made.lines):
         runs = made.table[made.table["variant"] == line.variant]
-        for values, found in runs.groupby(made.axes, sort=False) if made.axes else [((), runs)]:
-            curve = found.groupby("epoch")["map"].agg(["mean", "std"]).reset_index()
-            settings = "".join(f", {key} {value}" for key, value in zip(made.axes, values, strict=True))
-            axes.plot(curve["epoch"], curve["mean"], label=line.title + settings, linewidth=1.6, **style)
-            spread = curve["std"].fillna(0.0)
-            low, high = curve["mean"] - spread, curve["mean"] + spread
-            axes.fill_between(curve["epoch"], low, high, color=style["color"], alpha=0.15, linewidth=0)
+        curve = runs.groupby("epoch")["map"].agg(["mean", "std"]).reset_index()
+        axes.plot(curve["epoch"], curve["mean"], label=line.title, linewidth=1.6, **style)
+        spread = curve["std"].fillna(0.0)
+        low, high = curve["mean"] - spread, curve["mean"] + spread
+        axes.fill_between(curve["epoch"], low, high, color=style["color"], alpha=0.15, linewidth=0)
     axes.set_xlabel("epoch")
     axes.set_xlim(left=0)
     axes.set_ylabel("MAP on validation classes (%)")

@@ -25,12 +25,12 @@ from memvir.errors import UserError
 from memvir.experiment.identity import of_variant, short
 from memvir.experiment.paths import RunFiles, run_files
 from memvir.experiment.search_space import Choices, Tuning
-from memvir.experiment.settings import Run, Runtime
+from memvir.experiment.settings import Run, Runtime, has_section
 from memvir.images.index import read_index
 from memvir.params import Params
 from memvir.progress import Counter
 from memvir.signals import end_with_parent
-from memvir.tuning.validation import has_section, validation_index, validation_map, validation_run
+from memvir.tuning.validation import validation_index, validation_map, validation_run
 
 DIGITS = 3
 """Significant ones of what is drawn, so that a person can write it down."""

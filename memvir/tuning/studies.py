@@ -12,13 +12,13 @@ from memvir.errors import UserError
 from memvir.experiment.identity import of_variant, short
 from memvir.experiment.paths import RunFiles, run_files
 from memvir.experiment.search_space import Study
-from memvir.experiment.settings import Run, Runtime
+from memvir.experiment.settings import Run, Runtime, has_section
 from memvir.files import write_text
 from memvir.images.index import read_index
 from memvir.params import Params
 from memvir.progress import Counter
 from memvir.tuning.search import processes
-from memvir.tuning.validation import has_section, validation_history, validation_index, validation_run
+from memvir.tuning.validation import validation_history, validation_index, validation_run
 
 
 def make_study(params: Params, dataset: str, name: str, jobs: int) -> pd.DataFrame:
@@ -64,14 +64,10 @@ def _runs(params: Params, dataset: str, name: str, study: Study) -> Iterator[tup
         varied = {key: values for key, values in study.over.items() if has_section(base, key)}
         for values in itertools.product(*varied.values()):
             settings = dict(zip(varied, values, strict=True))
-            cell = {"variant": variant, **{key: _cell(settings.get(key)) for key in study.over}}
+            cell = {"variant": variant, **{key: str(settings[key]) if key in settings else None for key in study.over}}
             for seed in study.seeds:
                 run = validation_run(base, settings, seed, study.check_epoch, f"{dataset}.studies.{name}.over")
                 yield {**cell, "seed": seed}, run
-
-
-def _cell(value: Any) -> Any:
-    return str(value) if isinstance(value, list) else value
 
 
 def _place(folder: Path, run: Run, files: RunFiles, split: str) -> Path:

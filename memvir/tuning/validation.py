@@ -3,7 +3,6 @@
 They see the training half of the index alone, so that no test image can be read, by mistake or otherwise.
 """
 
-import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,8 +11,7 @@ import pandas as pd
 
 from memvir.errors import UserError
 from memvir.experiment.paths import RunFiles
-from memvir.experiment.settings import Run, Runtime
-from memvir.sections import validate
+from memvir.experiment.settings import Run, Runtime, changed
 
 
 def validation_index(index: pd.DataFrame, share: float, seed: int) -> pd.DataFrame:
@@ -38,18 +36,15 @@ def validation_run(base: Run, settings: Mapping[str, Any], seed: int, check_epoc
 
     Raises UserError, naming the key in `where`, if the variant does not take such a setting.
     """
-    content = base.model_dump()
-    for key, value in {**settings, "seed": seed, "snapshots": [], "training.early_stopping": None}.items():
-        *sections, last = key.split(".")
-        functools.reduce(lambda place, section: place[section], sections, content)[last] = value
-    content["training"]["check_epoch"] = check_epoch or content["training"]["epochs"]
-    content["dataset"] = f"{base.dataset}-tuning"  # its decoded images are others than the tables' runs'
-    return validate(Run, content, prefix=where)
-
-
-def has_section(run: Run, key: str) -> bool:
-    """Whether a run has the section that a key such as memvir.num_steps belongs to."""
-    return getattr(run, key.partition(".")[0], None) is not None
+    run = changed(base, settings, where)
+    own: dict[str, Any] = {
+        "training.check_epoch": check_epoch or run.training.epochs,
+        "training.early_stopping": None,
+        "snapshots": [],
+        "seed": seed,
+        "dataset": f"{base.dataset}-tuning",  # its decoded images are others than the tables' runs'
+    }
+    return changed(run, own, where)
 
 
 def validation_map(run: Run, runtime: Runtime, files: RunFiles, index: pd.DataFrame) -> float:

@@ -1,13 +1,14 @@
 import contextlib
 from concurrent.futures import Future
+from pathlib import Path
 
 import pandas as pd
 import pytest
+from matplotlib.figure import Figure
 
 from memvir.errors import UserError
 from memvir.params import parse_params
-from memvir.reporting.results import table_lines
-from memvir.reporting.studies import Made, draw_study, read_studies
+from memvir.reporting.studies import draw_study, read_studies
 from memvir.tuning.studies import make_study
 from tests.memvir.reporting.test_figures import files_of
 from tests.memvir.tuning.test_search import params
@@ -25,7 +26,6 @@ STUDIES = {
         "seeds": [1],
         "check_epoch": 2,
     },
-    "odd": {"variants": ["norm_softmax"], "over": {"loss.margin": [0.1]}, "seeds": [1]},
 }
 
 
@@ -75,10 +75,37 @@ def test_a_study_has_every_combination_and_goes_on_where_it_was_stopped(pool):
 
 
 def test_a_study_that_is_not_there_or_asks_for_what_a_variant_does_not_take_is_one_line(pool):
-    with pytest.raises(UserError, match=r"^tiny\.studies: has no nothing; there is memory, long, odd"):
+    with pytest.raises(UserError, match=r"^tiny\.studies: has no nothing; there is memory, long"):
         make_study(parse_params(content()), "tiny", "nothing", jobs=1)
-    with pytest.raises(UserError, match=r"tiny\.studies\.odd\.over.*margin is not an option of norm_softmax"):
-        make_study(parse_params(content()), "tiny", "odd", jobs=1)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"over": {"loss.margin": [0.1]}}, r"over.*margin is not an option of norm_softmax"),
+        (
+            {"over": {"memvirr.num_steps": [1]}},
+            r"over: memvirr\.num_steps is no key of a variant .*did you mean memvir",
+        ),
+        (
+            {"over": {"proxy_synthesis.mu": [1.0]}},
+            r"over: none of norm_softmax, memvir_norm_softmax has proxy_synthesis",
+        ),
+        ({"over": {"training.optimizer.lrr": [0.1]}}, r"over.*training\.optimizer\.lrr: unknown key"),
+        ({"over": {"training.epoch.s": [1]}}, r"over\.training\.epoch\.s: epoch is no section of a variant"),
+        ({"over": {"training.epochs": [4, -1]}}, r"over.*training\.epochs"),
+        (
+            {"over": {"loss.scale": [1.0, 2.0], "memvir.num_steps": [1, 2], "memvir.step_gap": [0, 1]}},
+            r"over: a figure shows two settings; give one value for all but two of loss\.scale, memvir",
+        ),
+        ({"variants": ["nothing"]}, r"'nothing' is not a variant of tiny"),
+    ],
+)
+def test_a_study_that_makes_no_sense_is_one_line_before_anything_runs(changes, message):
+    wrong = content()
+    wrong["tiny"]["studies"] = {"odd": {**STUDIES["memory"], **changes}}
+    with pytest.raises(UserError, match=message):
+        parse_params(wrong)
 
 
 def test_studies_that_were_made_are_drawn_the_same_every_time(tmp_path):
@@ -87,14 +114,16 @@ def test_studies_that_were_made_are_drawn_the_same_every_time(tmp_path):
     memory = memory.assign(variant="memvir_norm_softmax", epoch=3, recall_at_1=50.0)
     memory["map"] = 40.0 + 2 * memory["memvir.num_steps"] + memory["seed"]
     plain = pd.DataFrame({"variant": ["norm_softmax"], "seed": [1], "epoch": [3], "recall_at_1": [1.0], "map": [30.0]})
-    memory = pd.concat([plain, memory])
+    memory = pd.concat([plain, memory.astype({"memvir.num_steps": object, "memvir.step_gap": object})])
     (tmp_path / "memory.csv").write_text(memory.to_csv(index=False))
     long = pd.concat([plain.assign(epoch=epoch, map=10.0 * epoch) for epoch in (1, 2, 3)])
     (tmp_path / "long.csv").write_text(long.to_csv(index=False))
     recipe = parse_params(content()).recipe("tiny")
     made = read_studies(recipe, lambda name: tmp_path / f"{name}.csv")
     assert [study.name for study in made] == ["memory", "long"]
-    cell = made[0].last.query("variant == 'memvir_norm_softmax' and `memvir.num_steps` == 2 and `memvir.step_gap` == 1")
+    cell = made[0].last.query(
+        "variant == 'memvir_norm_softmax' and `memvir.num_steps` == '2' and `memvir.step_gap` == '1'"
+    )
     assert cell[["mean", "count"]].to_numpy().tolist() == [[45.5, 2]]
     assert "training.epochs 4" in made[1].caption and "2 seeds" in made[0].caption
     for folder in ("a", "b"):
@@ -103,11 +132,24 @@ def test_studies_that_were_made_are_drawn_the_same_every_time(tmp_path):
     assert files_of(tmp_path / "a") == files_of(tmp_path / "b") and len(files_of(tmp_path / "a")) == 4
 
 
-def test_a_study_with_one_varied_setting_is_drawn_as_curves(tmp_path):
-    recipe = parse_params(content()).recipe("tiny")
-    study = recipe.studies["memory"].model_copy(update={"over": {"memvir.num_steps": [1, 2]}})
-    rows = [("memvir_norm_softmax", n, 1, epoch, 1.0, n * epoch) for n in (1, 2) for epoch in (1, 2)]
-    table = pd.DataFrame(rows, columns=["variant", "memvir.num_steps", "seed", "epoch", "recall_at_1", "map"])
-    lines = table_lines(recipe, ["norm_softmax", "memvir_norm_softmax"])
-    draw_study(Made("n", study, lines, table), tmp_path / "n")
-    assert (tmp_path / "n.png").stat().st_size > 5000
+@pytest.mark.parametrize(
+    ("over", "shown"),
+    [
+        ({"training.epochs": [4]}, []),
+        ({"memvir.num_steps": [10, 2]}, ["10", "2"]),
+        ({"loss.initialisation": ["uniform_d", None]}, ["uniform_d", "None"]),
+        ({"training.lr_decay.epochs": [[], [2], [2, 3]], "memvir.step_gap": [1, 0]}, ["[]", "[2]", "[2, 3]", "1", "0"]),
+    ],
+)
+def test_a_study_of_words_and_lists_is_drawn_in_the_declared_order(over, shown, pool, monkeypatch):
+    varied = content()
+    varied["tiny"]["studies"] = {"any": {**STUDIES["memory"], "over": over, "seeds": [1]}}
+    read = parse_params(varied)
+    make_study(read, "tiny", "any", jobs=1).to_csv("any.csv", index=False)
+    figures: list[Figure] = []
+    monkeypatch.setattr("memvir.reporting.studies.save_figure", lambda figure, stem: figures.append(figure))
+    (made,) = read_studies(read.recipe("tiny"), lambda name: Path(f"{name}.csv"))
+    draw_study(made, Path("any"))
+    axes = figures[0].axes[0]
+    ticks = [label.get_text() for axis in (axes.yaxis, axes.xaxis) for label in axis.get_ticklabels()]
+    assert [tick for tick in ticks if tick in shown] == shown
