@@ -13,6 +13,7 @@ from stages import stage
 def main(params: Params, dataset: str, variant: str, seed: int) -> None:
     run = params.run(dataset, variant, seed)
     libraries.prepare(run.training.threads)
+    from memvir.experiment.launch import launch
     from memvir.experiment.preflight import check_run
     from memvir.experiment.runs import train_run
     from memvir.images.index import read_index  # late: numerical libraries read their thread limits when imported
@@ -22,8 +23,8 @@ def main(params: Params, dataset: str, variant: str, seed: int) -> None:
     if "WORLD_SIZE" not in os.environ:  # torchrun's processes need not all say the same
         check_run(run, read_index(files.index), processes)
         if processes > 1:
-            launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-            os.execv(sys.executable, [sys.executable, *launcher, "-m", "stages.train", *sys.argv[1:]])
+            launch(processes, "stages.train", sys.argv[1:])
+            return
     train_run(run, params.runtime, files)
 
 

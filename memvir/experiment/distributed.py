@@ -6,8 +6,10 @@ The gradient of the loss by a process's own embeddings flows into its copy of th
 DistributedDataParallel sums the copies' gradients. The proxies' gradient is complete in every process.
 """
 
+import inspect
 import os
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -75,7 +77,11 @@ class World:
         if live:
             embedder = nn.SyncBatchNorm.convert_sync_batchnorm(embedder)
         devices = [device] if device.type == "cuda" else None
-        return nn.parallel.DistributedDataParallel(embedder, devices, broadcast_buffers=False)
+        parallel = nn.parallel.DistributedDataParallel
+        known = inspect.signature(parallel).parameters  # torch has renamed it
+        sync = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
+        options: dict[str, Any] = {sync: False}
+        return parallel(embedder, devices, **options)
 
 
 def join_world() -> World:

@@ -21,6 +21,7 @@ from memvir.experiment.environment import compile_errors, made_by, set_up_device
 from memvir.experiment.gpu_errors import gpu_errors
 from memvir.experiment.history import to_csv
 from memvir.experiment.identity import of_run, short, with_seed
+from memvir.experiment.launch import lost_process
 from memvir.experiment.model_files import model_file, model_metadata
 from memvir.experiment.optimizer import continues
 from memvir.experiment.paths import RECORD, RunFiles
@@ -54,7 +55,11 @@ def train_run(run: Run, runtime: Runtime, files: RunFiles) -> None:
     checkpoint = Checkpoint(files.checkpoints, identity, made["environment"])
     index = read_index(files.index)
     num_classes = index.loc[index["split"] == "train", "class_id"].nunique()
-    with checkpoint.locked() if world.is_main else contextlib.nullcontext(), gpu_errors(run, num_classes):
+    with (
+        checkpoint.locked() if world.is_main else contextlib.nullcontext(),
+        gpu_errors(run, num_classes),
+        lost_process(world.size),
+    ):
         trainer = Trainer(run, open_training_data(run, runtime, files, index, device), device, weights, runtime, world)
         if world.is_main:
             _prune(files, runtime)
