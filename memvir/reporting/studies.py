@@ -12,8 +12,7 @@ from memvir.experiment.settings import Recipe
 from memvir.reporting.figures import house_style, line_styles, new_figure, save_figure
 from memvir.reporting.results import Line, table_lines
 
-RUN = ["seed", "epoch", "recall_at_1", "map"]
-"""The columns that neither are a setting nor the variant."""
+SIDES = {"map": "validation classes", "train_map": "the classes that train"}
 NO_STUDY = "There is none: `studies` in params.yaml declares them, and `python -m stages.study` makes them."
 
 
@@ -147,18 +146,18 @@ def _draw_values(made: Made, stem: Path) -> None:
 
 
 def _draw_curves(made: Made, stem: Path) -> None:
-    figure = new_figure(6.4, 4.4)
-    axes = figure.subplots()
-    for line, style in _with_styles(made.lines):
-        runs = made.table[made.table["variant"] == line.variant]
-        curve = runs.groupby("epoch")["map"].agg(["mean", "std"]).reset_index()
-        axes.plot(curve["epoch"], curve["mean"], label=line.title, linewidth=1.6, **style)
-        spread = curve["std"].fillna(0.0)
-        low, high = curve["mean"] - spread, curve["mean"] + spread
-        axes.fill_between(curve["epoch"], low, high, color=style["color"], alpha=0.15, linewidth=0)
-    axes.set_xlabel("epoch")
-    axes.set_xlim(left=0)
-    axes.set_ylabel("MAP on validation classes (%)")
+    figure = new_figure(9.6, 4.2)
+    for axes, (metric, classes) in zip(figure.subplots(1, 2), SIDES.items(), strict=True):
+        for line, style in _with_styles(made.lines):
+            runs = made.table[made.table["variant"] == line.variant]
+            curve = runs.groupby("epoch")[metric].agg(["mean", "std"]).reset_index()
+            axes.plot(curve["epoch"], curve["mean"], label=line.title, linewidth=1.6, **style)
+            spread = curve["std"].fillna(0.0)
+            low, high = curve["mean"] - spread, curve["mean"] + spread
+            axes.fill_between(curve["epoch"], low, high, color=style["color"], alpha=0.15, linewidth=0)
+        axes.set_xlabel("epoch")
+        axes.set_xlim(left=0)
+        axes.set_ylabel(f"MAP on {classes} (%)")
     figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=2)
     save_figure(figure, stem)
 

@@ -30,7 +30,7 @@ from memvir.images.index import read_index
 from memvir.params import Params
 from memvir.progress import Counter
 from memvir.signals import end_with_parent
-from memvir.tuning.validation import validation_index, validation_map, validation_run
+from memvir.tuning.validation import validation_index, validation_run
 
 DIGITS = 3
 """Significant ones of what is drawn, so that a person can write it down."""
@@ -171,9 +171,15 @@ def side_by_side(
     pool: Executor, runs: Mapping[int, Run], runtime: Runtime, files: RunFiles, index: pd.DataFrame
 ) -> Iterator[tuple[int, float]]:
     """Train runs; (number, MAP) as they end."""
-    futures = {pool.submit(validation_map, run, runtime, files, index): number for number, run in runs.items()}
+    futures = {pool.submit(_map, run, runtime, files, index): number for number, run in runs.items()}
     for future in as_completed(futures):
         yield futures[future], future.result()
+
+
+def _map(run: Run, runtime: Runtime, files: RunFiles, index: pd.DataFrame) -> float:
+    from memvir.tuning.training import validation_map  # late: the process's threads have been set by now
+
+    return validation_map(run, runtime, files, index)
 
 
 def _set_up(threads: int) -> None:

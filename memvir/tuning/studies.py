@@ -18,7 +18,9 @@ from memvir.images.index import read_index
 from memvir.params import Params
 from memvir.progress import Counter
 from memvir.tuning.search import processes
-from memvir.tuning.validation import validation_history, validation_index, validation_run
+from memvir.tuning.validation import validation_index, validation_run
+
+METRICS = ["recall_at_1", "map", "train_recall_at_1", "train_map"]
 
 
 def make_study(params: Params, dataset: str, name: str, jobs: int) -> pd.DataFrame:
@@ -26,8 +28,8 @@ def make_study(params: Params, dataset: str, name: str, jobs: int) -> pd.DataFra
 
     Returns:
         One row per run and evaluated epoch: `variant`, the settings that are varied (none where the variant has no such
-        section), `seed`, `epoch`, and `recall_at_1` and `map` of the validation classes in per cent. A run that
-        diverges has no row.
+        section), `seed`, `epoch`, and in per cent `recall_at_1` and `map` of the validation classes, and
+        `train_recall_at_1` and `train_map` of those that train. A run that diverges has no row.
 
     Raises UserError if the recipe has no such study.
     """
@@ -53,8 +55,8 @@ def make_study(params: Params, dataset: str, name: str, jobs: int) -> pd.DataFra
             counter.add(1, now=True)
     tables = [pd.read_csv(path).assign(**cell) for cell, _, path in cells]
     table = pd.concat(tables, ignore_index=True)
-    table[["recall_at_1", "map"]] = (100 * table[["recall_at_1", "map"]]).round(2)
-    return table[[*cells[0][0], "epoch", "recall_at_1", "map"]]
+    table[METRICS] = (100 * table[METRICS]).round(2)
+    return table[[*cells[0][0], "epoch", *METRICS]]
 
 
 def _runs(params: Params, dataset: str, name: str, study: Study) -> Iterator[tuple[dict[str, Any], Run]]:
@@ -78,4 +80,6 @@ def _place(folder: Path, run: Run, files: RunFiles, split: str) -> Path:
 
 
 def _make(run: Run, runtime: Runtime, files: RunFiles, index: pd.DataFrame, path: Path) -> None:
+    from memvir.tuning.training import validation_history  # late: the process's threads have been set by now
+
     write_text(path, validation_history(run, runtime, files, index).to_csv(index=False, lineterminator="\n"))

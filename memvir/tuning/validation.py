@@ -10,8 +10,7 @@ import numpy as np
 import pandas as pd
 
 from memvir.errors import UserError
-from memvir.experiment.paths import RunFiles
-from memvir.experiment.settings import Run, Runtime, changed
+from memvir.experiment.settings import Run, changed
 
 
 def validation_index(index: pd.DataFrame, share: float, seed: int) -> pd.DataFrame:
@@ -45,43 +44,3 @@ def validation_run(base: Run, settings: Mapping[str, Any], seed: int, check_epoc
         "dataset": f"{base.dataset}-tuning",  # its decoded images are others than the tables' runs'
     }
     return changed(run, own, where)
-
-
-def validation_map(run: Run, runtime: Runtime, files: RunFiles, index: pd.DataFrame) -> float:
-    """The MAP of the validation classes after the last epoch; 0 if the run diverges."""
-    history = validation_history(run, runtime, files, index)
-    return float(history["map"].iloc[-1]) if len(history) else 0.0
-
-
-def validation_history(run: Run, runtime: Runtime, files: RunFiles, index: pd.DataFrame) -> pd.DataFrame:
-    """Train a run on `index`: epoch, recall_at_1, rp and map of its validation classes; no rows if it diverges."""
-    from memvir.experiment.data import open_training_data  # late: the process's threads have been set by now
-    from memvir.experiment.environment import set_up_device
-    from memvir.experiment.training import Trainer
-    from memvir.models import find_weights
-
-    columns = ["epoch", "recall_at_1", "rp", "map"]
-    device = set_up_device(runtime)
-    data = open_training_data(run, runtime, files, index, device)
-    trainer = Trainer(run, data, device, find_weights(run.model, files.weights), runtime)
-    try:
-        trainer.train(Nowhere(), Nobody())  # type: ignore[arg-type]
-    except UserError:  # the loss or the embeddings are not finite
-        return pd.DataFrame(columns=columns)
-    return pd.DataFrame([row for row in trainer.history.rows if "map" in row])[columns]
-
-
-class Nowhere:
-    """A checkpoint that is not kept: a trial that was stopped is made again."""
-
-    def save(self, state: dict[str, Any]) -> None:
-        pass
-
-
-class Nobody:
-    """Watches nothing and stops nothing."""
-
-    stop_requested = False
-
-    def epoch_done(self, row: dict[str, float], images_per_second: float) -> None:
-        pass

@@ -11,7 +11,8 @@ from memvir.errors import UserError
 from memvir.experiment.paths import run_files, trials_file
 from memvir.params import Params, load_params, parse_params
 from memvir.tuning.search import Space, search
-from memvir.tuning.validation import validation_index, validation_map
+from memvir.tuning.training import validation_map
+from memvir.tuning.validation import validation_index
 from tests import tiny
 from tests.stages.workspace import Workspace
 

@@ -63,7 +63,9 @@ def test_a_study_has_every_combination_and_goes_on_where_it_was_stopped(pool):
     read = parse_params(content())
     table = make_study(read, "tiny", "memory", jobs=1)
     assert pool.count == 2 + 4 * 2  # the plain loss has no memory to vary
-    assert list(table) == ["variant", "memvir.num_steps", "memvir.step_gap", "seed", "epoch", "recall_at_1", "map"]
+    metrics = ["recall_at_1", "map", "train_recall_at_1", "train_map"]
+    assert list(table) == ["variant", "memvir.num_steps", "memvir.step_gap", "seed", "epoch", *metrics]
+    assert table["train_map"].between(0.01, 100).all() and (table["train_map"] != table["map"]).all()
     plain = table["variant"] == "norm_softmax"
     assert table.loc[plain, "memvir.num_steps"].isna().all() and plain.sum() == 2
     assert not table[~plain].duplicated(["memvir.num_steps", "memvir.step_gap", "seed"]).any()
@@ -113,7 +115,16 @@ def test_studies_that_were_made_are_drawn_the_same_every_time(tmp_path):
     memory = pd.DataFrame(grid, columns=["memvir.num_steps", "memvir.step_gap", "seed"])
     memory = memory.assign(variant="memvir_norm_softmax", epoch=3, recall_at_1=50.0)
     memory["map"] = 40.0 + 2 * memory["memvir.num_steps"] + memory["seed"]
-    plain = pd.DataFrame({"variant": ["norm_softmax"], "seed": [1], "epoch": [3], "recall_at_1": [1.0], "map": [30.0]})
+    plain = pd.DataFrame(
+        {
+            "variant": ["norm_softmax"],
+            "seed": [1],
+            "epoch": [3],
+            "recall_at_1": [1.0],
+            "map": [30.0],
+            "train_map": [60.0],
+        }
+    )
     memory = pd.concat([plain, memory.astype({"memvir.num_steps": object, "memvir.step_gap": object})])
     (tmp_path / "memory.csv").write_text(memory.to_csv(index=False))
     long = pd.concat([plain.assign(epoch=epoch, map=10.0 * epoch) for epoch in (1, 2, 3)])
