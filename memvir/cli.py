@@ -52,9 +52,11 @@ def embed(options: argparse.Namespace) -> None:
 
 def search(options: argparse.Namespace) -> None:
     """Find the pictures of a folder that are most like a picture, or like each one of another folder."""
-    from memvir.trained.folder import read_embeddings
+    from memvir.trained.folder import pictures_in, read_embeddings
     from memvir.trained.page import Found, Query, legible, render_page
 
+    if options.embeddings is None:
+        _check_top(options, len(pictures_in(options.folder)[0]))  # before the work of embedding them
     model = _load(options)
     if options.query.is_dir():
         asked = _embed_folder(options, model, options.query)
@@ -72,9 +74,8 @@ def search(options: argparse.Namespace) -> None:
                 f"({legible(missing[0])}); give the folder that it was made of, or run `memvir embed` again"
             )
     pictures = len(gallery.names)
+    _check_top(options, pictures)  # those that could be read
     top = options.top or min(TOP, pictures)
-    if top > pictures:
-        raise UserError(f"--top: {top} is more than the {_count(pictures)} in {options.folder}; use --top {pictures}")
     # one more, in case that the query lies in the folder itself
     similarities, places = model.search(query_embeddings, gallery.values, min(top + 1, pictures))
     answers = []
@@ -91,6 +92,13 @@ def search(options: argparse.Namespace) -> None:
     if options.page is not None:
         write_text(options.page, render_page(answers, model.name, options.folder, pictures))
         print(f"{legible(str(options.page))}: the same with the pictures")
+
+
+def _check_top(options: argparse.Namespace, pictures: int) -> None:
+    if options.top and options.top > pictures:
+        raise UserError(
+            f"--top: {options.top} is more than the {_count(pictures)} in {options.folder}; use --top {pictures}"
+        )
 
 
 def evaluate(options: argparse.Namespace) -> None:

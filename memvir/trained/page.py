@@ -39,10 +39,6 @@ class Found:
         """The folders, from the outermost, and the file."""
         return self.shown_name.split("/")
 
-    @property
-    def source(self) -> str:
-        return thumbnail(self.path)
-
 
 @dataclass(frozen=True)
 class Query:
@@ -54,17 +50,18 @@ class Query:
     def shown_name(self) -> str:
         return legible(self.path.name)
 
-    @property
-    def source(self) -> str:
-        return thumbnail(self.path)
-
 
 def render_page(queries: Sequence[Query], model: str, folder: Path, pictures: int) -> str:
     """The page as HTML. `pictures` is how many of the folder were searched."""
     environment = Environment(autoescape=True, undefined=StrictUndefined, keep_trailing_newline=True)
     template = environment.from_string((files("memvir.trained") / "page.html").read_text(encoding="utf-8"))
     folder_name = legible(folder.resolve().name)
-    return template.render(queries=queries, model=legible(model), folder=folder_name, pictures=pictures)
+    shown = dict.fromkeys(path for query in queries for path in (query.path, *(item.path for item in query.found)))
+    numbers = {path: number for number, path in enumerate(shown)}
+    sources = [thumbnail(path) for path in shown]
+    return template.render(
+        queries=queries, numbers=numbers, sources=sources, model=legible(model), folder=folder_name, pictures=pictures
+    )
 
 
 def thumbnail(path: Path) -> str:
