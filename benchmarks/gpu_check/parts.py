@@ -18,6 +18,7 @@ PARTS = {
         "every loss, with and without MemVir, against the CPU in float64; training by precision", "numbers:losses", 60
     ),
     "bits": Part("two runs of the same seed, and one that was stopped, end in the same bytes", "bits:check", 40),
+    "several": Part("two processes, each with a GPU, against one", "several:check", 60),
     "faiss": Part("metrics by search on this device against those on the CPU", "search:check", 80),
     "step": Part("training steps of CARS196's lines at 224: speed, waiting, memory", "speed:steps", 180),
     "feeding": Part(

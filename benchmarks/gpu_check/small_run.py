@@ -4,6 +4,7 @@ import numpy as np
 import torch
 
 from memvir.experiment.data import TrainingData
+from memvir.experiment.distributed import World
 from memvir.experiment.settings import Runtime
 from memvir.experiment.training import Trainer
 from memvir.images.batches import LoadedImages, TestImages
@@ -12,7 +13,9 @@ from memvir.params import parse_params
 CLASSES, PER_CLASS, SIDE = 8, 24, 32
 
 
-def make_trainer(device: torch.device, precision: str = "fp32") -> Trainer:
+def make_trainer(
+    device: torch.device, precision: str = "fp32", world: World | None = None, freeze_batch_norm: bool = False
+) -> Trainer:
     recipe = {
         "data": {"source": "folder"},
         "images": {
@@ -30,7 +33,7 @@ def make_trainer(device: torch.device, precision: str = "fp32") -> Trainer:
             "pretrained": "none",
             "pooling": "gap",
             "embedding_dim": 32,
-            "freeze_batch_norm": False,
+            "freeze_batch_norm": freeze_batch_norm,
         },
         "training": {
             "epochs": 6,
@@ -55,7 +58,7 @@ def make_trainer(device: torch.device, precision: str = "fp32") -> Trainer:
     labels = np.repeat(np.arange(CLASSES), PER_CLASS)
     train = LoadedImages(pixels, labels, run.images, run.seed, device, workers=0, channels_last=True)
     data = TrainingData(train, labels, TestImages(pixels, run.images, device), labels)
-    return Trainer(run, data, device, None, Runtime(checkpoint_epochs=1))
+    return Trainer(run, data, device, None, Runtime(checkpoint_epochs=1), world or World())
 
 
 class Watch:
