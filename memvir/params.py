@@ -18,6 +18,7 @@ from memvir.experiment.settings import (
     Variant,
     changed,
     has_section,
+    keeps_promise,
 )
 from memvir.reporting.settings import Reporting
 from memvir.sections import Name, Section, Seed, describe, key_name, suggest, validate
@@ -67,7 +68,7 @@ class Params(Section):
             **{name: getattr(chosen, name) for name in WRAPPERS},
             "snapshots": chosen.snapshots,
         }
-        return validate(Run, content, prefix="")
+        return keeps_promise(validate(Run, content, prefix=""), f"{dataset}.variants.{variant}")
 
 
 SECTIONS = ("datasets", "variants", "seeds", "runtime", "reporting")
@@ -122,7 +123,9 @@ def parse_params(raw: Any) -> Params:
     for dataset, recipe in params.recipes.items():
         _check_studies(params, dataset, recipe)
         for name, variant in recipe.variants.items():
-            _check_epochs(variant, params.run(dataset, name, 0).training, f"{dataset}.variants.{name}")
+            run = params.run(dataset, name, 0)
+            _check_warm_up(run, f"{dataset}.variants.{name}")
+            _check_epochs(variant, run.training, f"{dataset}.variants.{name}")
             if name == TSNE_VARIANT and not variant.snapshots:
                 raise UserError(f"{dataset}.variants.{name}.snapshots: missing; the t-SNE figure shows these epochs")
     return params
@@ -138,29 +141,33 @@ def _check_studies(params: Params, dataset: str, recipe: Recipe) -> None:
     for name, study in recipe.studies.items():
         where = f"{dataset}.studies.{name}"
         runs = [params.run(dataset, variant, study.seeds[0]) for variant in study.variants]
-        for key in study.over:
-            if not any(has_section(run, key) for run in runs):
-                raise UserError(f"{where}.over: none of {', '.join(study.variants)} has {key.partition('.')[0]}")
+        for keys in [[key] for key in study.over] + [study.varied]:
+            if not any(all(has_section(run, key) for key in keys) for run in runs):
+                sections = " and ".join(dict.fromkeys(key.partition(".")[0] for key in keys))
+                raise UserError(f"{where}.over: none of {', '.join(study.variants)} has {sections}")
         for run in runs:
             over = {key: values for key, values in study.over.items() if has_section(run, key)}
             first = {key: values[0] for key, values in over.items()}
             for key, values in over.items():
                 for value in values:
-                    changed(run, {**first, key: value}, f"{where}.over")
+                    _check_warm_up(changed(run, {**first, key: value}, f"{where}.over"), f"{where}.over")
 
 
 def _check_epochs(variant: Variant, training: Training, prefix: str) -> None:
-    wrapper, settings = variant.wrapper, variant.wrapper_settings
-    if wrapper and settings and settings.warm_up_epochs >= training.epochs:
-        raise UserError(
-            f"{prefix}.{wrapper}.warm_up_epochs: {settings.warm_up_epochs} leaves no epoch for "
-            f"{WRAPPERS[wrapper].title} out of {training.epochs}; use a smaller number"
-        )
     for epoch in variant.snapshots:
         if epoch > training.epochs:
             raise UserError(f"{prefix}.snapshots: epoch {epoch} is beyond the last one, {training.epochs}")
     if variant.snapshots and not variant.memvir:
         raise UserError(f"{prefix}.snapshots: only a variant with memvir has past steps to record")
+
+
+def _check_warm_up(run: Run, prefix: str) -> None:
+    wrapper, settings = run.wrapper, run.wrapper_settings
+    if wrapper and settings and settings.warm_up_epochs >= run.training.epochs:
+        raise UserError(
+            f"{prefix}.{wrapper}.warm_up_epochs: {settings.warm_up_epochs} leaves no epoch for "
+            f"{WRAPPERS[wrapper].title} out of {run.training.epochs}; use a smaller number"
+        )
 
 
 def _merge(base: Mapping[str, Any], changes: Mapping[Any, Any]) -> dict[Any, Any]:

@@ -10,8 +10,8 @@ from collections.abc import Iterator, Sequence
 from memvir.errors import UserError
 from memvir.experiment.gpu_errors import AGAIN
 
-LOST = re.compile(r"gloo|nccl|connection (reset|closed|refused)|broken pipe|timed? ?out|TCPStore", re.IGNORECASE)
-"""How torch's backends say that another process has gone."""
+LOST = re.compile(r"connection (was )?(reset|closed|refused)|broken pipe|remote (process|error)|by peer", re.IGNORECASE)
+"""How gloo and nccl say that another process has gone."""
 
 
 def launch(processes: int, module: str, arguments: Sequence[str]) -> None:
@@ -30,14 +30,12 @@ def launch(processes: int, module: str, arguments: Sequence[str]) -> None:
     except SignalException as stop:  # its processes have been told, and have ended
         sys.exit(128 + int(stop.sigval))
     except ChildFailedError as error:
-        killed = {rank: -failure.exitcode for rank, failure in error.failures.items() if failure.exitcode < 0}
-        rank, failure = error.get_first_failure()
+        killed = {rank: failure for rank, failure in error.failures.items() if failure.exitcode == -signal.SIGKILL}
+        rank, failure = next(iter(killed.items())) if killed else error.get_first_failure()
         if failure.exitcode > 0:  # it has said why
             sys.exit(failure.exitcode)
-        name = signal.Signals(killed[rank]).name
-        raise UserError(
-            f"process {rank} of the {processes} of this run was killed ({name}), perhaps for want of memory; {AGAIN}"
-        ) from None
+        why = signal.Signals(-failure.exitcode).name + (", perhaps for want of memory" if killed else "")
+        raise UserError(f"process {rank} of the {processes} of this run was killed ({why}); {AGAIN}") from None
 
 
 @contextlib.contextmanager
@@ -47,6 +45,6 @@ def lost_process(processes: int) -> Iterator[None]:
         yield
     except RuntimeError as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        if processes == 1 or not LOST.search(reason):
+        if processes == 1 or not LOST.search(str(error)):
             raise
-        raise UserError(f"another process of this run has gone; {AGAIN}") from error
+        raise UserError(f"another process of this run has gone ({reason}); {AGAIN}") from error

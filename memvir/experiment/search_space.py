@@ -11,6 +11,13 @@ SECTIONS = ("loss", "training", *WRAPPERS)
 """Of a variant: what a search or a study can change."""
 
 
+OF_THE_STUDY = {
+    "training.check_epoch": "the study's own check_epoch",
+    "training.early_stopping": "off in a study, whose runs go on to the end",
+}
+"""What a study sets itself, and how."""
+
+
 class Range(Section):
     low: float
     high: float
@@ -70,9 +77,21 @@ class Study(Section):
     @field_validator("over")
     @classmethod
     def _of_a_variant(cls, value: dict[str, Any]) -> dict[str, Any]:
-        if len(varied := [key for key, values in value.items() if len(values) > 1]) > 2:
+        if len(varied := _several(value)) > 2:
             raise ValueError(f"a figure shows two settings; give one value for all but two of {', '.join(varied)}")
+        if taken := value.keys() & OF_THE_STUDY.keys():
+            key = min(taken)
+            raise ValueError(f"{key} is {OF_THE_STUDY[key]}; leave it out")
         return _keys_of_a_variant(value)
+
+    @property
+    def varied(self) -> list[str]:
+        """The keys of which there are several values."""
+        return _several(self.over)
+
+
+def _several(over: dict[str, Any]) -> list[str]:
+    return [key for key, values in over.items() if len(values) > 1]
 
 
 def _keys_of_a_variant(value: dict[str, Any]) -> dict[str, Any]:

@@ -169,16 +169,6 @@ class Recipe(Section):
             return variants
         return {name: _control(variants, name) for name in variants}
 
-    @model_validator(mode="after")
-    def _keeps_promise(self) -> "Recipe":
-        if self.training.portable and self.model.backbone != "convnet":
-            raise ValueError(f"training.portable: only shown for convnet, not for {self.model.backbone}; write false")
-        sums = {"batch_size": self.training.batch_size, "last of widths": self.model.widths[-1]}
-        for name, terms in sums.items():  # the embedding layer's: see memvir/losses/products.py, which makes the others
-            if self.training.portable and terms > PORTABLE_SUM:
-                raise ValueError(f"training.portable: only shown up to a {name} of {PORTABLE_SUM}; write false")
-        return self
-
     def baseline_of(self, variant: str) -> str | None:
         """What a variant with a wrapper, or a control, is compared with: the first plain variant of the same loss.
 
@@ -266,6 +256,22 @@ class Run(Wrapped):
         return f"{self.dataset}/{self.variant}/{self.seed}"
 
 
+def keeps_promise(run: Run, where: str) -> Run:
+    """The run. Raises UserError, naming `where`, if it is to be portable and is not known to be."""
+    if not run.training.portable:
+        return run
+    if run.model.backbone != "convnet":
+        raise UserError(f"{where}.training.portable: only shown for convnet, not for {run.model.backbone}; write false")
+    # of the embedding layer's sums: see memvir/losses/products.py, which makes the others
+    sums = {"batch_size": run.training.batch_size, "last width": run.model.widths[-1]}
+    for name, terms in {**sums, "embedding_dim": run.model.embedding_dim}.items():
+        if terms > PORTABLE_SUM:
+            raise UserError(
+                f"{where}.training.portable: only shown up to a {name} of {PORTABLE_SUM}, not {terms}; write false"
+            )
+    return run
+
+
 def changed(run: Run, settings: Mapping[str, Any], where: str) -> Run:
     """A run under other settings, by keys such as training.optimizer.lr.
 
@@ -278,9 +284,9 @@ def changed(run: Run, settings: Mapping[str, Any], where: str) -> Run:
         for section in sections:
             place = place.get(section)
             if not isinstance(place, dict):
-                raise UserError(f"{where}.{key}: {section} is no section of a variant")
+                raise UserError(f"{where}: {key} is no key of a variant")
         place[last] = value
-    return validate(Run, content, prefix=where)
+    return keeps_promise(validate(Run, content, prefix=where), where)
 
 
 def has_section(run: Run, key: str) -> bool:

@@ -29,7 +29,7 @@ class Made:
     @property
     def axes(self) -> list[str]:
         """The settings that it varies."""
-        return [key for key, values in self.study.over.items() if len(values) > 1]
+        return self.study.varied
 
     def values(self, key: str) -> list[str]:
         """Those of a setting, in the order in which they are declared, as the table has them."""
@@ -38,16 +38,18 @@ class Made:
     @property
     def last(self) -> pd.DataFrame:
         """Mean, Std. and number of runs of MAP after the last epoch, for every variant and its settings."""
-        table = self.table[self.table["epoch"] == self.table.groupby("variant")["epoch"].transform("max")]
         keys = ["variant", *self.axes]
+        ends = self.table.groupby([*keys, "seed"], dropna=False)["epoch"].transform("max")
+        table = self.table[self.table["epoch"] == ends]
         return table.groupby(keys, sort=False, dropna=False)["map"].agg(["mean", "std", "count"]).reset_index()
 
     @property
     def caption(self) -> str:
         seeds = len(self.study.seeds)
         fixed = [f"{key} {values[0]}" for key, values in self.study.over.items() if len(values) == 1]
+        shown = "validation classes" if self.axes else "validation classes and on those that train"
         return (
-            "MAP on validation classes, which are cut from the training classes as in the search for settings; "
+            f"MAP on {shown}; validation classes are cut from the training classes as in the search for settings; "
             f"mean of {seeds} seed{'s' if seeds > 1 else ''}, ± one sample standard deviation. All else as in the "
             f"tables{', but for ' + ' and '.join(fixed) if fixed else ''}."
         )

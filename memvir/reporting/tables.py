@@ -26,8 +26,8 @@ CONTROL = (
 SEEN = (
     "Seen classes are the training images, cropped as test images are and compared among themselves; the gap is theirs "
     "less that of the test classes. With more images to a class Recall@1 is higher, so where the two have different "
-    "numbers of them, gaps are to be compared from line to line. Distances and spectral decay are the test images': the ratio is small where "
-    "classes are tight and far apart, the decay where all directions of the space are used."
+    "numbers of them, compare gaps from line to line. Distances and spectral decay are the test images': the ratio "
+    "is small where classes are tight and far apart, the decay where all directions of the space are used."
 )
 MEANING = (
     "Diff. is the mean of a line's runs minus the mean of those that it is compared with, in percentage points. Its "

@@ -24,6 +24,10 @@ KMEANS_ITERATIONS = 20
 KMEANS_SEED = 1234
 
 
+class NoRoom(Exception):
+    """The GPU's memory is taken."""
+
+
 def search_on(gallery: np.ndarray, gpu: int | None) -> "tuple[int | None, Search]":
     """The GPU that faiss uses after all, and a function of queries (Q, D) and k: similarities and indices (Q, k).
 
@@ -45,6 +49,8 @@ def search_on(gallery: np.ndarray, gpu: int | None) -> "tuple[int | None, Search
             try:
                 return search(gallery, gpu)
             except Exception as error:  # whatever an absent or busy GPU raises: the next gives the same answer
+                if isinstance(error, NoRoom):
+                    untried.clear()
                 say_instead(error)
         library = ""
         return on_cpu
@@ -61,6 +67,7 @@ def search_on(gallery: np.ndarray, gpu: int | None) -> "tuple[int | None, Search
             try:
                 return current(queries, k)
             except Exception as error:
+                current = on_cpu  # the GPU is free of the gallery before another way is tried there
                 say_instead(error)
                 current = next_search()
         return on_cpu(queries, k)
@@ -82,13 +89,17 @@ def torch_on_gpu(gallery: np.ndarray, gpu: "int | str") -> "Search":
 
     def search(queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
         found = []
-        precision, torch.backends.cuda.matmul.allow_tf32 = torch.backends.cuda.matmul.allow_tf32, False
+        matmul = torch.backends.cuda.matmul
+        setting, full = ("fp32_precision", "ieee") if hasattr(matmul, "fp32_precision") else ("allow_tf32", False)
+        before = getattr(matmul, setting)
+        setattr(matmul, setting, full)
         try:
-            for part in torch.from_numpy(queries).to(gpu).split(max(1, TORCH_SIMILARITIES // len(gallery))):
-                values, indices = (part @ tensor.T).topk(k)
-                found.append((values.cpu().numpy(), indices.cpu().numpy()))
+            with torch.autocast(tensor.device.type, enabled=False):
+                for part in torch.from_numpy(queries).to(gpu).split(max(1, TORCH_SIMILARITIES // len(gallery))):
+                    values, indices = (part @ tensor.T).topk(k)
+                    found.append((values.cpu().numpy(), indices.cpu().numpy()))
         finally:
-            torch.backends.cuda.matmul.allow_tf32 = precision
+            setattr(matmul, setting, before)
         similarities, indices = zip(*found, strict=True)
         return np.concatenate(similarities), np.concatenate(indices)
 
@@ -124,7 +135,7 @@ def _gpu_index(dim: int, gpu: int, metric: int, vectors: int) -> Any:
         torch.cuda.empty_cache()  # what torch keeps from finished batches
         free = torch.cuda.mem_get_info(gpu)[0]
         if free < needed:
-            raise RuntimeError(f"{free >> 20} MiB of its memory are free, {needed >> 20} are needed")
+            raise NoRoom(f"{free >> 20} MiB of its memory are free, {needed >> 20} are needed")
     resources = faiss.StandardGpuResources()
     resources.setTempMemory(GPU_TEMPORARY_BYTES)
     resources.setPinnedMemory(0)  # serves searches paged from host memory; a chunk of queries is small

@@ -3,6 +3,7 @@ import pytest
 import torch
 
 from memvir.experiment.settings import PORTABLE_SUM
+from memvir.losses import build_loss
 from memvir.losses.products import BLOCK, Similarities, product
 from tests.test_golden import needs_avx2
 
@@ -44,3 +45,14 @@ def test_similarities_have_the_gradients_of_a_matrix_product(a, k, d):
 
 def test_settings_know_how_long_a_sum_may_be():
     assert PORTABLE_SUM == BLOCK
+
+
+def test_a_backward_pass_within_autocast_is_in_full_precision():
+    loss, embeddings = build_loss("norm_softmax", num_classes=3 * BLOCK, dim=8), torch.randn(4, 8, requires_grad=True)
+    gradients = []
+    for autocast in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            value = loss(embeddings, torch.arange(4))
+            gradients.append(torch.autograd.grad(value, [embeddings, loss.proxies]))
+    for one, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-9)

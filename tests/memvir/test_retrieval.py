@@ -553,6 +553,7 @@ def test_a_device_that_there_is_not_is_refused(device):
 
 def test_without_a_gpu_the_cpu_is_used_and_one_line_says_so(monkeypatch, caplog):
     monkeypatch.setattr(faiss, "get_num_gpus", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     embeddings, labels = random_images(11, 60, 6)
     assert evaluate(embeddings, labels, device="cuda:0") == evaluate(embeddings, labels)
     notices = [message for message in caplog.messages if "GPU" in message]
@@ -610,6 +611,7 @@ def fake_gpus(monkeypatch, count=2, free=8 << 30):
     monkeypatch.setattr(faiss, "get_num_gpus", lambda: count)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda gpu: (free, 16 << 30))
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     monkeypatch.setattr(faiss, "StandardGpuResources", FakeResources, raising=False)
     monkeypatch.setattr(faiss, "GpuIndexFlatConfig", FakeConfig, raising=False)
     monkeypatch.setattr(faiss, "GpuIndexFlat", FakeGpuIndex, raising=False)
@@ -667,17 +669,21 @@ def test_torch_searches_on_a_gpu_that_faiss_cannot_use(fails_at, monkeypatch, ca
     monkeypatch.setattr(search, "torch_on_gpu", on_this_cpu)
     monkeypatch.setattr(search, "TORCH_SIMILARITIES", 1000)  # three queries at a time
     embeddings = np.random.default_rng(14).normal(size=(300, 8)).astype(np.float32)  # without ties
-    assert evaluate(embeddings, np.arange(300) % 40, device="cuda:0") == evaluate(embeddings, np.arange(300) % 40)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = evaluate(embeddings, np.arange(300) % 40, device="cuda:0")
+    assert found == evaluate(embeddings, np.arange(300) % 40)
     assert asked == [0]
     assert [message.partition("; ")[2] for message in caplog.messages] == ["torch searches there instead"]
 
 
 def test_a_gpu_without_room_is_not_touched(monkeypatch, caplog):
     fake_gpus(monkeypatch, free=100 << 20)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     embeddings, labels = random_images(15, 100, 5)
     assert evaluate(embeddings, labels, device="cuda:0", nmi=True) == evaluate(embeddings, labels, nmi=True)
     assert not made
     assert any("100 MiB of its memory are free" in message for message in caplog.messages)
+    assert not any("torch" in message for message in caplog.messages), "it has no room there either"
 
 
 @pytest.mark.skipif(not torch.cuda.is_available() or faiss.get_num_gpus() == 0, reason="no GPU")

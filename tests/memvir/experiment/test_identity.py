@@ -196,7 +196,7 @@ COMPUTE_NOTHING = {
 def test_of_the_losses_a_run_has_its_own_and_what_that_builds_on(tmp_path, monkeypatch):
     run = parse_params(tiny.params()).run("tiny", "norm_softmax", 1)
     parts = {part for part in identity.training_code(run) if part.startswith(("losses", "memory", "foreign"))}
-    shared = {"losses.checks", "losses.cross_entropy", "losses.logsumexp", "losses.proxy_loss"}
+    shared = {"losses.checks", "losses.cross_entropy", "losses.logsumexp", "losses.products", "losses.proxy_loss"}
     assert parts == {"losses.norm_softmax", *shared}
     (tmp_path / "losses").mkdir()
     (tmp_path / "losses" / "norm_softmax.py").write_text("from memvir.losses.cosface import CosFace\nimport torch")

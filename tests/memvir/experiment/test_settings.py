@@ -380,9 +380,19 @@ def test_settings_of_a_model_that_do_not_go_together_are_one_line(changes, messa
     [
         ("training.optimizer.name", "rmsprop", r"^tiny\.training: portable: rmsprop and half precision"),
         ("training.precision", "bf16", r"^tiny\.training: portable: rmsprop and half precision"),
-        ("model.backbone", "timm/resnet18", r"^tiny: training\.portable: only shown for convnet, not for timm/"),
-        ("model.widths", [8, 129], r"^tiny: training\.portable: only shown up to a last of widths of 128; write false"),
-        ("training.batch_size", 130, r"^tiny: training\.portable: only shown up to a batch_size of 128; write false"),
+        ("model.backbone", "timm/resnet18", r"^tiny\.variants\.norm_softmax\.training\.portable: only shown for conv"),
+        (
+            "model.widths",
+            [8, 129],
+            r"^tiny.*portable: only shown up to a last width of 128, not 129; write false",
+        ),
+        ("model.embedding_dim", 129, r"^tiny.*portable: only shown up to a embedding_dim of 128"),
+        ("variants.norm_softmax.training", {"batch_size": 256}, r"^tiny\.variants\.norm_softmax\.training\.portable"),
+        (
+            "training.batch_size",
+            130,
+            r"^tiny.*portable: only shown up to a batch_size of 128, not 130",
+        ),
     ],
 )
 def test_a_recipe_that_promises_the_same_bytes_is_refused_what_is_not_known_to_give_them(key, value, message):
