@@ -18,7 +18,7 @@ class Cluster:
     """A head and nodes of one core each."""
 
     def __enter__(self) -> "Cluster":
-        os.environ["RAY_worker_niceness"] = "0"  # polite workers would hardly move beside other tests
+        os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112  polite workers hardly move beside other tests
         head = {"num_cpus": 1, "include_dashboard": False, "node_ip_address": HEAD}
         self.ray = RayCluster(initialize_head=True, head_node_args=head)
         self.address: str = self.ray.address
