@@ -119,20 +119,20 @@ def test_gpus_are_called_as_cuda_visible_devices_calls_them(monkeypatch, visible
     assert local.visible_gpus() == named
 
 
-STAGE = """
-import os, signal
+STAGE = r"""
+import os, select
 from memvir.signals import end_with_parent, stop_signals
 
 def save(number):
-    print("saved", file=fifo)
+    os.write(fifo, b"saved\n")  # print may be what was interrupted
     os._exit(0)
 
-fifo = open("fifo", "w", buffering=1)
+fifo = os.open("fifo", os.O_WRONLY)
 with stop_signals(save):
     end_with_parent()
-    print("ready", file=fifo)
+    os.write(fifo, b"ready\n")
     while True:
-        signal.pause()
+        select.select([], [], [], 0.1)  # a signal just before signal.pause() would not wake it
 """
 SWEEP = """
 from memvir.sweep.local import Machine
