@@ -44,7 +44,6 @@ def cases() -> Iterator[tuple[str, Callable[[], list]]]:
         yield f"{name}: losses, gradients and embeddings of {STEPS} steps", lambda name=name: loss_steps(name, None)
         yield f"{name} with MemVir: the same", lambda name=name: loss_steps(name, (2, 1))
         yield f"{name} with MemVir, of 300 classes", lambda name=name: loss_steps(name, (2, 1), 300)
-        yield f"{name} with MemVir, of 5 classes and 3 images", lambda name=name: loss_steps(name, (2, 1), 5, 3)
     for optimizer in ("adam", "adamw", "sgd"):
         yield f"glyphs' network under {optimizer}", lambda optimizer=optimizer: network_steps(optimizer)
     yield "affine augmentation", affine
@@ -65,12 +64,12 @@ def embeddings(count: int, dim: int) -> np.ndarray:
     return numbers(count, dim).numpy()
 
 
-def loss_steps(name: str, memory: tuple[int, int] | None, num_classes: int = C, batch: int = B) -> list:
+def loss_steps(name: str, memory: tuple[int, int] | None, num_classes: int = C) -> list:
     """A linear embedder and the proxies, trained by Adam; everything that a step computes."""
     loss = build_loss(name, num_classes, D, generator=torch.Generator().manual_seed(0))
     loss = MemVir(loss, *memory) if memory else loss
-    inputs, weights = numbers(STEPS, batch, D), torch.nn.Parameter(numbers(D, D) / D**0.5)
-    labels = torch.from_numpy(np.random.Generator(np.random.PCG64(0)).integers(0, num_classes, (STEPS, batch)))
+    inputs, weights = numbers(STEPS, B, D), torch.nn.Parameter(numbers(D, D) / D**0.5)
+    labels = torch.from_numpy(np.random.Generator(np.random.PCG64(0)).integers(0, num_classes, (STEPS, B)))
     optimizer = torch.optim.Adam([weights, *loss.parameters()], lr=0.01, fused=True)
     kept: list = [loss.proxies.detach().clone()]
     for step in range(STEPS):
