@@ -35,6 +35,10 @@ def test_every_part_is_a_function_that_there_is(part):
     assert f"def {function}(device: str) -> Iterator[dict[str, Any]]:" in source
 
 
+def test_all_parts_together_keep_to_ten_minutes():
+    assert sum(part.seconds for part in parts.PARTS.values()) <= 600
+
+
 def test_what_a_part_had_found_is_kept_and_nothing_that_it_started_lives_on(monkeypatch, tmp_path):
     (tmp_path / "part.py").write_text(
         f"""
