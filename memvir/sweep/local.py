@@ -92,9 +92,9 @@ def run_command(
 
     The stage is told to save and end when the thread that called this does (`memvir.signals.end_with_parent`).
     """
-    _, *arguments = shlex.split(job.command)  # "python" stands for this interpreter
+    _, arguments = job.command.split("python ", 1)  # "exec python" stands for this interpreter
     process = subprocess.Popen(
-        [sys.executable, *arguments],
+        [sys.executable, *shlex.split(arguments)],
         cwd=folder,
         env={**os.environ, "DVC_STAGE": job.name, **environment},
         stdin=subprocess.DEVNULL,

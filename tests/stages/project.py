@@ -48,6 +48,7 @@ class Project:
     def start(self, *command: str) -> subprocess.Popen[str]:
         """python -m COMMAND in the project, its output and errors in one pipe."""
         environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+        environment["SHELL"] = "/bin/sh"  # the plainest that DVC may find: dash starts a command beside itself
         return subprocess.Popen(
             [sys.executable, "-m", *command],
             cwd=self.folder,

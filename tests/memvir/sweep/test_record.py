@@ -23,14 +23,14 @@ stages:
   train:
     matrix:
       seed: [1, 2, 3]
-    cmd: python -m stages.train --dataset tiny --variant v --seed ${item.seed}
+    cmd: exec python -m stages.train --dataset tiny --variant v --seed ${item.seed}
     deps: [code.py, data]
     params: ["scales.s${item.seed}"]
     outs: ["runs/${item.seed}"]
   evaluate:
     matrix:
       seed: [1, 2, 3]
-    cmd: python -m stages.evaluate --dataset tiny --variant v --seed ${item.seed}
+    cmd: exec python -m stages.evaluate --dataset tiny --variant v --seed ${item.seed}
     deps: ["runs/${item.seed}"]
     outs:
       - results/${item.seed}.json: {cache: false}
