@@ -3,11 +3,14 @@
 import contextlib
 import json
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import torch
+from torch import nn
 
 from memvir.errors import NotMade, UserError
 from memvir.experiment.data import open_test_images
@@ -17,11 +20,12 @@ from memvir.experiment.model_files import description, model_file
 from memvir.experiment.paths import RECORD, RunFiles
 from memvir.experiment.settings import Run, Runtime
 from memvir.experiment.space import embedding_space
-from memvir.experiment.training import WATCHED, embed, evaluate
+from memvir.experiment.training import WATCHED, evaluate
 from memvir.files import write_json
+from memvir.images.batches import TestImages
 from memvir.images.index import read_index
 from memvir.models import build_embedder, find_weights
-from memvir.models.embedder import PRECISIONS
+from memvir.models.embedder import PRECISIONS, embed_batch
 from memvir.trained.file import find, read
 
 log = logging.getLogger("memvir")
@@ -41,9 +45,13 @@ def evaluate_run(run: Run, runtime: Runtime, files: RunFiles, result: Path) -> N
         raise NotMade(f"{files.run}: this run has not been trained") from None
     except (ValueError, KeyError, TypeError):
         raise NotMade(f"{files.run}: summary.json or growth.csv is damaged; delete the folder") from None
-    epochs = sorted({last_epoch, *best_epochs.values()})
-    paths = {epoch: model_file(files.run, epoch, last_epoch) for epoch in epochs}
-    metrics = _evaluate_models(run, runtime, files, paths, device)
+    index = read_index(files.index)
+    models: dict[int | str, nn.Module] = {"untrained": _untrained(run, files)}
+    for epoch in sorted({last_epoch, *best_epochs.values()}):
+        models[epoch] = _built(run, model_file(files.run, epoch, last_epoch))
+    test, labels, queries = open_test_images(run, runtime, files, index, device)
+    embeddings = _embed_with(models, test, run, device)
+    metrics = {key: evaluate(run, found, labels, queries, device, run.evaluation) for key, found in embeddings.items()}
     identity = of_run(run, files.index, find_weights(run.model, files.weights))
     training = _record(files, short(identity))
     content = {
@@ -53,8 +61,11 @@ def evaluate_run(run: Run, runtime: Runtime, files: RunFiles, result: Path) -> N
             name: metrics[best_epochs[name if name in best_epochs else "recall_at_1"]][name]
             for name in metrics[last_epoch]
         },
-        "untrained": _untrained(run, runtime, files, device),
-        "space": _space(run, runtime, files, paths[last_epoch], device),
+        "untrained": metrics["untrained"],
+        "space": {
+            **_on_training_classes(run, runtime, files, index, models[last_epoch], device),
+            **embedding_space(embeddings[last_epoch], labels),
+        },
         "last_epoch": last_epoch,
         "best_epochs": best_epochs,
         "most_virtual_classes": int(most["num_virtual_classes"]),
@@ -71,45 +82,54 @@ def evaluate_run(run: Run, runtime: Runtime, files: RunFiles, result: Path) -> N
 
 def evaluate_model(run: Run, runtime: Runtime, files: RunFiles, model: Path) -> dict[str, float]:
     """The metrics of a saved model of the run's recipe, in [0, 1]. Raises UserError if the file is not one."""
-    return _evaluate_models(run, runtime, files, {0: model}, set_up_device(runtime))[0]
-
-
-def _evaluate_models(
-    run: Run, runtime: Runtime, files: RunFiles, models: dict[int, Path], device: torch.device
-) -> dict[int, dict[str, float]]:
+    device = set_up_device(runtime)
     test, labels, queries = open_test_images(run, runtime, files, read_index(files.index), device)
-    metrics = {}
-    for key, path in models.items():
-        model = read(find(path))
-        for section, expected in description(run).items():
-            for name, value in expected.items():
-                if (found := model.metadata[section].get(name)) != value:
-                    raise UserError(
-                        f"{path}: not a model of {run.dataset}'s recipe: {section}.{name} is {found}, not {value}"
-                    )
-        embeddings = embed(model.build().to(device), test, _precision(run))
-        metrics[key] = evaluate(run, embeddings, labels, queries, device, run.evaluation)
-    return metrics
+    embeddings = _embed_with({"it": _built(run, model)}, test, run, device)["it"]
+    return evaluate(run, embeddings, labels, queries, device, run.evaluation)
 
 
-def _untrained(run: Run, runtime: Runtime, files: RunFiles, device: torch.device) -> dict[str, float]:
-    """The metrics of what the backbone gives, pooled, before the run trains anything."""
-    test, labels, queries = open_test_images(run, runtime, files, read_index(files.index), device)
+def _built(run: Run, path: Path) -> nn.Module:
+    """The network of a model file. Raises UserError if it is not one of the run's recipe."""
+    model = read(find(path))
+    for section, expected in description(run).items():
+        for name, value in expected.items():
+            if (found := model.metadata[section].get(name)) != value:
+                raise UserError(
+                    f"{path}: not a model of {run.dataset}'s recipe: {section}.{name} is {found}, not {value}"
+                )
+    return model.build()
+
+
+def _untrained(run: Run, files: RunFiles) -> nn.Module:
+    """What gives the backbone's pooled features before the run trains anything."""
     torch.manual_seed(run.seed)
     channels = 1 if run.images.channels == "grey" else 3
     embedder = build_embedder(run.model, channels, find_weights(run.model, files.weights))
-    embedder.embedding = torch.nn.Identity()  # type: ignore[assignment]
-    return evaluate(run, embed(embedder.to(device), test, _precision(run)), labels, queries, device, run.evaluation)
+    embedder.embedding = nn.Identity()  # type: ignore[assignment]
+    return embedder
 
 
-def _space(run: Run, runtime: Runtime, files: RunFiles, model: Path, device: torch.device) -> dict[str, float]:
-    """What the last model makes of the classes that it has seen, and how it uses its space for the others."""
-    embedder, index = read(find(model)).build().to(device), read_index(files.index)
-    test, labels, _ = open_test_images(run, runtime, files, index, device)
-    unseen = embedding_space(embed(embedder, test, _precision(run)), labels)
+def _embed_with(
+    models: Mapping[Any, nn.Module], images: TestImages, run: Run, device: torch.device
+) -> dict[Any, np.ndarray]:
+    """The float32 embeddings (images, D) of each model, in one pass over the images: decoding them may take longer."""
+    parts: dict[Any, list[torch.Tensor]] = {key: [] for key in models}
+    for model in models.values():
+        model.to(device).eval()
+    for batch in images.batches():
+        for key, model in models.items():
+            parts[key].append(embed_batch(model, batch, PRECISIONS[run.training.precision]))
+    return {key: torch.cat(found).cpu().numpy() for key, found in parts.items()}
+
+
+def _on_training_classes(
+    run: Run, runtime: Runtime, files: RunFiles, index: pd.DataFrame, model: nn.Module, device: torch.device
+) -> dict[str, float]:
+    """The metrics of a model on the classes that it has seen."""
     train, labels, _ = open_test_images(run, runtime, files, index, device, split="train")
-    seen = evaluate(run, embed(embedder, train, _precision(run)), labels, None, device, WATCHED)
-    return {**{f"train_{name}": seen[name] for name in ("recall_at_1", "map")}, **unseen}
+    embeddings = _embed_with({"it": model}, train, run, device)["it"]
+    seen = evaluate(run, embeddings, labels, None, device, WATCHED)
+    return {f"train_{name}": seen[name] for name in ("recall_at_1", "map")}
 
 
 def write_result(path: Path, content: dict[str, Any], made_by: dict[str, Any]) -> None:
@@ -120,10 +140,6 @@ def write_result(path: Path, content: dict[str, Any], made_by: dict[str, Any]) -
             log.info("%s: the same as before, left as it is", path)
             return
     write_json(path, {**content, "made_by": made_by})
-
-
-def _precision(run: Run) -> torch.dtype:
-    return PRECISIONS[run.training.precision]
 
 
 def _apart_from_settings(identity: Identity) -> Identity:
