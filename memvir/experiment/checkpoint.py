@@ -79,9 +79,10 @@ class Checkpoint:
         names path and space.
         """
         self.flush()
-        buffer = io.BytesIO()
-        torch.save({"identity": self.identity, "environment": self.environment, "state": state}, buffer)
-        self.writing = self.writer.submit(self._write, buffer.getbuffer())
+        copy = _in_host_memory(state)
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()  # the copies are under way all at once
+        self.writing = self.writer.submit(self._write, copy)
 
     def flush(self) -> None:
         """Wait until what was saved is on the disk."""
@@ -89,7 +90,10 @@ class Checkpoint:
             writing, self.writing = self.writing, None
             writing.result()
 
-    def _write(self, content: memoryview) -> None:
+    def _write(self, state: dict[str, Any]) -> None:
+        buffer = io.BytesIO()
+        torch.save({"identity": self.identity, "environment": self.environment, "state": state}, buffer)
+        content = buffer.getbuffer()
         try:
             with atomic_write(self.path, keep=self.previous) as file:
                 file.write(hashlib.sha256(content).digest())
@@ -154,6 +158,18 @@ class Checkpoint:
         ]
         if changes:
             log.warning("%s: continued elsewhere (%s); the last digits may differ", path, "; ".join(changes))
+
+
+def _in_host_memory(value: Any) -> Any:
+    """A copy that training does not change, of tensors and of what holds them; from a GPU through pinned memory."""
+    if isinstance(value, torch.Tensor):
+        host = torch.empty_like(value, device="cpu", pin_memory=value.is_cuda)
+        return host.copy_(value, non_blocking=True)
+    if isinstance(value, dict):
+        return {key: _in_host_memory(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(map(_in_host_memory, value))
+    return value
 
 
 def prune(folder: Path, budget: float, keep: Callable[[Path], bool]) -> None:

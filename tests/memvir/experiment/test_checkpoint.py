@@ -35,12 +35,16 @@ def test_training_goes_on_while_a_thread_writes_what_there_was(tmp_path, monkeyp
     checkpoint, weights, go = Checkpoint(tmp_path / "run", IDENTITY), torch.zeros(3), threading.Event()
     really = os.fsync
     monkeypatch.setattr(os, "fsync", lambda file: (go.wait(), really(file)))
-    checkpoint.save({"weights": weights})
+    rows = [{"epoch": 1, "weights": (weights,)}]
+    checkpoint.save({"rows": rows, "weights": weights[1:]})
     weights += 1
+    rows[0]["epoch"] = 2
     assert not checkpoint.path.exists()
     go.set()
     checkpoint.flush()
-    assert torch.equal(checkpoint.load()["weights"], torch.zeros(3))
+    state = checkpoint.load()
+    assert torch.equal(state["weights"], torch.zeros(2)) and state["rows"][0]["epoch"] == 1
+    assert torch.equal(state["rows"][0]["weights"][0], torch.zeros(3))
 
 
 def test_before_a_run_is_let_go_its_last_state_is_on_the_disk(tmp_path):
