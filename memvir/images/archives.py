@@ -147,7 +147,7 @@ class Zip:
         guard = _Guard(self.path)
         for member in self.archive.infolist():
             name = member.orig_filename  # as written; zipfile cuts `filename` at a zero byte
-            if member.is_dir():
+            if name.endswith("/"):
                 guard.check_name(name)
                 continue
             kind = stat.S_IFMT(member.external_attr >> 16)

@@ -311,6 +311,12 @@ def test_an_encrypted_zip_is_refused(tmp_path: Path) -> None:
     assert_refused(path, "is encrypted")
 
 
+def test_a_zip_member_whose_name_begins_with_a_zero_byte_is_refused(tmp_path: Path) -> None:
+    path = zip_with(tmp_path / "a.zip", ("N", b""))
+    path.write_bytes(path.read_bytes().replace(b"N", b"\0"))
+    assert_refused(path, "has a name with control characters")
+
+
 @pytest.mark.parametrize("make", [tar_with, zip_with])
 @pytest.mark.parametrize("share", [0.1, 0.5, 0.9])
 def test_an_archive_cut_off_anywhere_is_an_error_that_names_it(tmp_path: Path, make: Callable, share: float) -> None:
