@@ -34,6 +34,12 @@ def finished(tmp_path_factory):
     return project
 
 
+@pytest.fixture(scope="module")
+def cluster():
+    with Cluster() as cluster:
+        yield cluster
+
+
 def patient() -> dict:
     """The same numbers, with lines to wait for and checkpoints to continue from."""
     content = params()
@@ -128,7 +134,7 @@ def test_a_sweep_that_is_stopped_and_killed_and_continued_leaves_the_bytes_of_a_
         sweep = project.start("stages.sweep", "--jobs", "2")
         wait_for(sweep, moment)
         sweep.send_signal(number)
-        output, _ = sweep.communicate()  # its runs have its pipes, so to their end
+        output, _ = sweep.communicate()
         assert sweep.returncode == code
         if number == signal.SIGINT:
             assert output.splitlines()[-1] == "interrupted by SIGINT; run the same command again to continue"
@@ -174,33 +180,32 @@ def test_what_fails_is_named_and_the_rest_is_done(finished, tmp_path):
     assert "tiny-norm_softmax-1" not in out_of_date.replace("after", "\n")
 
 
-def test_when_a_node_of_a_cluster_dies_its_run_goes_on_elsewhere_to_the_same_bytes(finished, tmp_path):
+def test_when_a_node_of_a_cluster_dies_its_run_goes_on_elsewhere_to_the_same_bytes(finished, tmp_path, cluster):
     project = finished.untrained_copy(tmp_path / "project")
     project.write_params(patient())
-    with Cluster() as cluster:
-        second = cluster.add_node()
-        sweep = project.start("stages.sweep", "--address", cluster.address)
-        cluster.wait_for_run_on_second(sweep)
-        cluster.kill(second)
-        output, _ = sweep.communicate()
+    second = cluster.add_node()
+    sweep = project.start("stages.sweep", "--address", cluster.address)
+    cluster.wait_for_run_on_second(sweep)
+    cluster.kill(second)
+    output, _ = sweep.communicate()
     assert sweep.returncode == 0 and "continuing at epoch" in output, output
     assert project.outputs(*FOLDERS) == finished.outputs(*FOLDERS)
 
 
 @pytest.mark.skipif(not can_hide(), reason="needs a file system view of its own for a node")
-def test_a_node_without_the_folder_sends_home_checkpoints_and_results(finished, tmp_path):
+def test_a_node_without_the_folder_sends_home_checkpoints_and_results(finished, tmp_path, cluster):
     project = finished.untrained_copy(tmp_path / "project")
     project.write_params(patient())
     copies = set(Path(tempfile.gettempdir()).glob("memvir-*"))
-    with Cluster() as cluster:
-        cluster.add_node(hide=project.folder)
-        sweep = project.start("stages.sweep", "--address", cluster.address)
-        _, variant, _ = cluster.wait_for_run_on_second(sweep).split("/")
-        sweep.send_signal(signal.SIGINT)
-        output, _ = sweep.communicate()
-        assert sweep.returncode == 130, output
-        assert list((project.folder / "scratch" / "checkpoints" / "tiny" / variant / "1").glob("*.pt"))
-        outcome = project.run("stages.sweep", "--address", cluster.address)
+    node = cluster.add_node(hide=project.folder)
+    sweep = project.start("stages.sweep", "--address", cluster.address)
+    _, variant, _ = cluster.wait_for_run_on_second(sweep).split("/")
+    sweep.send_signal(signal.SIGINT)
+    output, _ = sweep.communicate()
+    assert sweep.returncode == 130, output
+    assert list((project.folder / "scratch" / "checkpoints" / "tiny" / variant / "1").glob("*.pt"))
+    outcome = project.run("stages.sweep", "--address", cluster.address)
+    cluster.kill(node)
     assert outcome.returncode == 0, outcome.stdout
     assert len(set(re.findall(r"train\w* on \S+ \((\w+)\)", outcome.stdout))) == 2
     assert project.outputs(*FOLDERS) == finished.outputs(*FOLDERS)
