@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 CHUNK_QUERIES = 4096  # as many as faiss multiplies at a time: more gain nothing, fewer read the gallery more often
 CHUNK_NEIGHBOURS = 1 << 22  # queries x neighbours held at once; with faiss's own buffers about 80 bytes each
+SPARE = 8  # neighbours fetched beyond those asked for
+ROUNDING = 2 * np.finfo(np.float32).eps  # times the root of D: how far a float32 sum of D products may be off
 DEEP_SHARE = 16  # beyond this part of the gallery, sorting all of it beat faiss, 3,000 to 60,000 images alike
 
 
@@ -25,7 +27,8 @@ def nearest_neighbours(
 ) -> tuple[np.ndarray, np.ndarray]:
     """The k nearest images of each query, nearest first: similarities (Q, k) and indices into `embeddings` (Q, k).
 
-    Without a `query` every image is one, and not its own neighbour.
+    Without a `query` every image is one, and not its own neighbour. Similarities are summed in float64 and rounded to
+    float32; those that are equal then are in the order of the images.
     """
     neighbours = Neighbours.of(embeddings, query, device)
     k = whole_number(k, "k")
@@ -36,7 +39,8 @@ def nearest_neighbours(
     size = chunk_size(k)
     for start in range(0, len(neighbours.query), size):
         rows = np.arange(start, min(start + size, len(neighbours.query)))
-        similarities[rows], indices[rows] = neighbours.nearest(rows, k)
+        _, indices[rows] = neighbours.nearest(rows, k)
+        similarities[rows] = neighbours.similarities(rows, indices[rows])
     return similarities, indices
 
 
@@ -88,36 +92,57 @@ class Neighbours:
     def _rank(self, rows: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
         """As `nearest`, the queries not left out; equally similar images by index.
 
-        Which of them faiss keeps, and in what order, depends on k and on the device, so rows with ties are gone over.
+        How a float32 sum is rounded depends on k, chunk, device and on where an image stands, so what is almost equally
+        similar is compared anew, in float64.
         """
         if self._is_deep(k):
             return self._rank_all(rows, k)
-        fetched = min(k + 1, len(self.gallery))  # one more, to see whether the last place is tied
+        fetched = min(k + SPARE, len(self.gallery))  # to see whether the last place is in doubt
         similarities, indices = self.search(self.query[rows], fetched)
-        tied = similarities[:, 1:] == similarities[:, :-1]
-        with_ties = np.flatnonzero(tied.any(axis=1))
-        if len(with_ties):
-            similarities[with_ties], indices[with_ties] = _unpack(
-                np.sort(_packed(similarities[with_ties], indices[with_ties]), axis=1)
+        close = similarities[:, :-1] - similarities[:, 1:] <= ROUNDING * np.sqrt(self.gallery.shape[1])
+        with_doubts = np.flatnonzero(close.any(axis=1))
+        if len(with_doubts):
+            doubtful = np.zeros((len(with_doubts), fetched), bool)
+            doubtful[:, 1:] = close[with_doubts]
+            doubtful[:, :-1] |= close[with_doubts]
+            found = np.where(
+                doubtful,
+                self.similarities(rows[with_doubts], indices[with_doubts], doubtful),
+                similarities[with_doubts],
+            )
+            similarities[with_doubts], indices[with_doubts] = _unpack(
+                np.sort(_packed(found, indices[with_doubts]), axis=1)
             )
         similarities, indices = similarities[:, :k], indices[:, :k]
-        if fetched > k:
-            undecided = np.flatnonzero(tied[:, k - 1])
+        if fetched < len(self.gallery):
+            undecided = np.flatnonzero(close[:, k - 1 :].all(axis=1))
             if len(undecided):
                 similarities[undecided], indices[undecided] = self._rank_all(rows[undecided], k)
         return similarities, indices
+
+    def similarities(self, rows: np.ndarray, indices: np.ndarray, which: np.ndarray | None = None) -> np.ndarray:
+        """(rows, k) float32 similarities of queries and images, summed in float64; where `which` is False, zero."""
+        exact = np.zeros(indices.shape, np.float32)
+        row, place = np.nonzero(np.ones(indices.shape, bool) if which is None else which)
+        size = max(1, CHUNK_NEIGHBOURS // self.gallery.shape[1])
+        for start in range(0, len(row), size):
+            i, j = row[start : start + size], place[start : start + size]
+            queries, images = self.query[rows[i]].astype(np.float64), self.gallery[indices[i, j]].astype(np.float64)
+            exact[i, j] = np.einsum("nd,nd->n", queries, images)
+        return exact
 
     def _is_deep(self, k: int) -> bool:
         """Whether so much of the gallery is asked for that sorting all of it is faster than faiss's heaps."""
         return k > len(self.gallery) // DEEP_SHARE and (self.gpu is None or k + 1 > GPU_MOST_NEIGHBOURS)
 
     def _rank_all(self, rows: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-        """As `_rank`, from the similarities to the whole gallery."""
+        """As `_rank`, from the similarities to the whole gallery, summed in float64."""
         packed = np.empty((len(rows), k), np.int64)
         size = max(1, CHUNK_NEIGHBOURS // len(self.gallery))
+        gallery = self.gallery.astype(np.float64).T
         for start in range(0, len(rows), size):
-            queries = self.query[rows[start : start + size]]
-            everything = _packed(queries @ self.gallery.T, np.arange(len(self.gallery)))  # (size, G)
+            similarities = self.query[rows[start : start + size]].astype(np.float64) @ gallery  # (size, G)
+            everything = _packed(similarities.astype(np.float32), np.arange(len(self.gallery)))
             packed[start : start + size] = np.partition(everything, k - 1, axis=1)[:, :k]
         packed.sort(axis=1)
         return _unpack(packed)

@@ -157,6 +157,33 @@ def test_a_query_is_left_out_even_if_more_duplicates_tie_with_it_than_are_fetche
 
 
 @by_faiss_and_by_sorting
+@pytest.mark.parametrize("copies", [101, 3])
+def test_duplicates_rank_in_the_order_of_the_images_however_a_product_rounds_them(copies, deep_share, monkeypatch):
+    monkeypatch.setattr(neighbours, "DEEP_SHARE", deep_share)
+    random = np.random.default_rng(0)
+    embeddings = np.tile(random.normal(size=(303 // copies, 37)).astype(np.float32), (copies, 1))
+    similarities, indices = nearest_neighbours(embeddings, 20)
+    assert indices.tolist() == [ranking[:20] for ranking in naive_neighbours(embeddings)]
+    assert (similarities[:, : min(20, copies - 1)] == similarities[:, :1]).all()
+
+
+def test_a_ranking_does_not_depend_on_how_many_neighbours_or_queries_are_asked_for():
+    random = np.random.default_rng(1)
+    embeddings, labels = random.choice([-1.0, 1.0], size=(1000, 100)), random.integers(0, 100, 1000)
+    _, indices = nearest_neighbours(embeddings, 200)
+    for k in (1, 2, 50, 62, 63):  # from 63 on, the whole gallery is sorted
+        assert np.array_equal(nearest_neighbours(embeddings, k)[1], indices[:, :k])
+    some = slice(0, 1000, 100)
+    alone = nearest_neighbours(embeddings, 12, query=embeddings[some])
+    together = nearest_neighbours(embeddings, 12, query=embeddings)
+    assert all(np.array_equal(found[some], few) for found, few in zip(together, alone, strict=True))
+    expected = naive_metrics(embeddings[:300], labels[:300], (1,))["map"]
+    assert [evaluate(embeddings[:300], labels[:300], (1, k))["map"] for k in (2, 50, 200)] == pytest.approx(
+        [expected] * 3
+    )
+
+
+@by_faiss_and_by_sorting
 def test_a_duplicate_of_another_class_counts_as_a_miss_and_the_query_never_as_a_hit(deep_share, monkeypatch):
     monkeypatch.setattr(neighbours, "DEEP_SHARE", deep_share)
     # Pairs of equal images of different classes: leaving out the first neighbour, whichever it is, finds the query.
