@@ -28,7 +28,7 @@ def prepare(threads: int = 1) -> None:
 
     Where the processor is no x86-64 or lacks AVX2 the results are its own.
     """
-    os.environ |= dict.fromkeys(THREADS, str(threads))
+    os.environ |= {**dict.fromkeys(THREADS, str(threads)), "MPLBACKEND": "agg"}  # a notebook sets one of its own
     if has_avx2():
         os.environ |= AVX2_ONLY
     if "torch" in sys.modules:

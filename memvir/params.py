@@ -1,14 +1,16 @@
 """params.yaml as one validated object; a wrong or unknown key is an error that names it."""
 
+import functools
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import Field, field_validator
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
 from memvir.errors import UserError
+from memvir.experiment.paths import result_file
 from memvir.experiment.settings import (
     TSNE_VARIANT,
     Recipe,
@@ -23,6 +25,9 @@ from memvir.experiment.settings import (
 from memvir.reporting.settings import Reporting
 from memvir.sections import Name, Section, Seed, describe, key_name, suggest, validate
 from memvir.wrappers import WRAPPERS
+
+if TYPE_CHECKING:
+    from memvir.reporting.aggregation import Experiment
 
 
 class Params(Section):
@@ -69,6 +74,19 @@ class Params(Section):
             "snapshots": chosen.snapshots,
         }
         return keeps_promise(validate(Run, content, prefix=""), f"{dataset}.variants.{variant}")
+
+    def settings_of(self, dataset: str, variant: str) -> dict[str, Any]:
+        """What the results of a variant's runs tell of their settings, if they were made with the present ones."""
+        from memvir.experiment.identity import resolved_settings  # late, as below: most stages read no result
+
+        return resolved_settings(self.run(dataset, variant, self.seeds[0]))
+
+    def experiment(self, dataset: str) -> "Experiment":
+        """The results of a data set's runs; UserError if there is none of the present settings."""
+        from memvir.reporting.aggregation import read_experiment
+
+        file, settings = functools.partial(result_file, dataset), functools.partial(self.settings_of, dataset)
+        return read_experiment(self.recipe(dataset), self.variants, self.seeds, file, settings)
 
 
 SECTIONS = ("datasets", "variants", "seeds", "runtime", "reporting")

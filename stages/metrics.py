@@ -4,10 +4,9 @@ DVC gives each file a line and each number a column: so a file per variant, and 
 for.
 """
 
-import functools
 import shutil
 
-from memvir.experiment.paths import METRICS, METRICS_FOLDER, result_file
+from memvir.experiment.paths import METRICS, METRICS_FOLDER
 from memvir.files import write_json
 from memvir.params import Params
 from memvir.reporting import aggregation
@@ -27,9 +26,7 @@ def main(params: Params) -> None:
     content = {}
     shutil.rmtree(METRICS_FOLDER, ignore_errors=True)  # files of variants that are no longer asked for
     for dataset in params.datasets:
-        experiment = aggregation.read_experiment(
-            params.recipe(dataset), params.variants, params.seeds, functools.partial(result_file, dataset)
-        )
+        experiment = params.experiment(dataset)
         content[dataset] = aggregation.to_metrics(experiment.summary)
         for variant, metrics in content[dataset].items():
             shown = {column: metrics[m].get(what) for column, (m, what) in COLUMNS.items() if m in metrics}

@@ -10,7 +10,7 @@ from typing import Any
 from memvir.experiment.paths import report_folder, result_file, study_file, trials_file
 from memvir.files import write_text
 from memvir.params import Params
-from memvir.reporting import aggregation, page, studies, table4, trials
+from memvir.reporting import page, studies, table4, trials
 from memvir.reporting.page import Picture, Section
 from memvir.reporting.studies import Made
 from stages import stage
@@ -18,13 +18,11 @@ from stages import stage
 
 @stage
 def main(params: Params, dataset: str) -> None:
-    experiment = aggregation.read_experiment(
-        params.recipe(dataset), params.variants, params.seeds, functools.partial(result_file, dataset)
-    )
+    experiment = params.experiment(dataset)
     folder = report_folder(dataset)
     previous = previous_content(folder / "summary.json", experiment.content)
     search = trials.describe(params.recipe(dataset), experiment.lines, functools.partial(trials_file, dataset))
-    columns = table4.read_columns(params.recipes, params.variants, params.seeds, result_file)
+    columns = table4.read_columns(params.recipes, params.variants, params.seeds, result_file, params.settings_of)
     shown = table4.is_compared(columns, dataset)
     across = [table4.to_table(columns, p, len(params.seeds)) for p in table4.PROTOCOLS] if shown else []
     made = studies.read_studies(params.recipe(dataset), functools.partial(study_file, dataset))

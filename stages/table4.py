@@ -9,7 +9,7 @@ from stages import stage
 
 @stage
 def main(params: Params) -> None:
-    columns = table4.read_columns(params.recipes, params.variants, params.seeds, result_file)
+    columns = table4.read_columns(params.recipes, params.variants, params.seeds, result_file, params.settings_of)
     tables = {protocol: table4.to_table(columns, protocol, len(params.seeds)) for protocol in table4.PROTOCOLS}
     parts = [f"`{protocol}`: {table.caption}\n\n{formats.to_markdown(table)}" for protocol, table in tables.items()]
     write_text(REPORTS / "table4.md", "\n\n".join(["# Every loss on every data set", *map(str.strip, parts)]) + "\n")

@@ -1,19 +1,15 @@
 """Tables of a data set's results: Mean, Diff. and Std. over seeds as Markdown, CSV and LaTeX, and their summary."""
 
-import functools
-
-from memvir.experiment.paths import report_folder, result_file
+from memvir.experiment.paths import report_folder
 from memvir.files import write_json, write_text
 from memvir.params import Params
-from memvir.reporting import aggregation, formats
+from memvir.reporting import formats
 from stages import stage
 
 
 @stage
 def main(params: Params, dataset: str) -> None:
-    experiment = aggregation.read_experiment(
-        params.recipe(dataset), params.variants, params.seeds, functools.partial(result_file, dataset)
-    )
+    experiment = params.experiment(dataset)
     folder = report_folder(dataset)
     write_text(folder / "tables.md", formats.to_document(experiment, dataset))
     write_text(folder / "tables.csv", formats.to_csv(experiment.summary, experiment.lines))

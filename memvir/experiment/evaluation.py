@@ -17,7 +17,7 @@ from memvir.experiment.data import open_test_images
 from memvir.experiment.environment import made_by, set_up_device
 from memvir.experiment.identity import Identity, of_evaluation, of_run, resolved_settings, short
 from memvir.experiment.model_files import description, model_file
-from memvir.experiment.paths import RECORD, RunFiles
+from memvir.experiment.paths import RunFiles
 from memvir.experiment.settings import Run, Runtime
 from memvir.experiment.space import embedding_space
 from memvir.experiment.training import WATCHED, evaluate
@@ -149,7 +149,6 @@ def _apart_from_settings(identity: Identity) -> Identity:
 def _record(files: RunFiles, identity: str) -> dict[str, Any]:
     """What training wrote down of itself; empty where it was done elsewhere, or under another identity."""
     with contextlib.suppress(OSError, ValueError, KeyError, AttributeError):
-        record = json.loads((files.logs / RECORD).read_text(encoding="utf-8"))
-        if record.pop("identity") == identity:
-            return {key: record[key] for key in ("environment", "code")}  # times differ where results do not
+        record = json.loads(files.record(identity).read_text(encoding="utf-8"))
+        return {key: record[key] for key in ("environment", "code")}  # times differ where results do not
     return {}

@@ -9,8 +9,6 @@ SETTINGS = Path("settings")
 REPORTS = Path("reports")
 METRICS = REPORTS / "metrics.json"
 METRICS_FOLDER = REPORTS / "metrics"
-RECORD = "run.json"
-"""In a run's log folder: what trained it, when and for how long."""
 
 
 def source_folder(dataset: str) -> Path:
@@ -95,13 +93,17 @@ class RunFiles:
     run: Path
     """Models, history, embeddings: what training leaves."""
     logs: Path
-    """TensorBoard and the record of times, not tracked."""
+    """TensorBoard, and a record for each identity of what trained it; not tracked."""
     checkpoints: Path
     """States of the run, DATASET/VARIANT/SEED below a folder for all: what it is continued from."""
     settings: Path
     """The identities of all data sets' variants, DATASET/variants/VARIANT.json."""
     scratch: Path
     """Decoded pixels."""
+
+    def record(self, identity: str) -> Path:
+        """What trained the run of an identity, when and for how long."""
+        return self.logs / f"run-{identity}.json"
 
 
 def run_files(run: Run, runtime: Runtime) -> RunFiles:

@@ -24,7 +24,7 @@ from memvir.experiment.identity import of_run, short, with_seed
 from memvir.experiment.launch import lost_process
 from memvir.experiment.model_files import model_file, model_metadata
 from memvir.experiment.optimizer import continues
-from memvir.experiment.paths import RECORD, RunFiles
+from memvir.experiment.paths import RunFiles
 from memvir.experiment.settings import Run, Runtime
 from memvir.experiment.tensorboard import TensorBoardLog
 from memvir.experiment.training import Trainer
@@ -84,7 +84,7 @@ def train_run(run: Run, runtime: Runtime, files: RunFiles) -> None:
         names = evaluated(index)["class_name"].tolist()
         board.finish({k: v for k, v in trainer.history.rows[-1].items() if k in trainer.best.values}, embeddings, names)
         times = {"seconds": round(trainer.seconds_spent, 1), "ended": time.time()}
-        write_json(files.logs / RECORD, {"identity": short(identity), **made, **times})
+        write_json(files.record(short(identity)), {**made, **times})
         checkpoint.finish()
 
 

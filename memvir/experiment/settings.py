@@ -194,7 +194,7 @@ def _control(variants: Mapping[str, Any], name: str) -> Any:
     raw = variants[name]
     if not isinstance(raw, dict) or raw.get("control_of") is None:
         return raw
-    subject = variants.get(raw["control_of"])
+    subject = variants.get(str(raw["control_of"]))
     wrapped = isinstance(subject, dict) and any(subject.get(wrapper) is not None for wrapper in WRAPPERS)
     if not isinstance(subject, dict) or subject.get("control_of") is not None or not wrapped:
         raise ValueError(f"{name}.control_of: {raw['control_of']} is no variant with memvir or its like; name one")

@@ -23,7 +23,7 @@ def embedding_space(embeddings: np.ndarray, labels: np.ndarray) -> dict[str, flo
     values = {
         "intra_class_distance": intra,
         "inter_class_distance": inter,
-        "distance_ratio": intra / inter,
+        "distance_ratio": intra / inter if inter else float("nan"),
         "spectral_decay": _spectral_decay(embeddings),
     }
     return {name: round(value, 6) for name, value in values.items()}

@@ -20,7 +20,11 @@ class TensorBoardLog:
     def __init__(self, folder: Path, run: Run, history: History) -> None:
         from torch.utils.tensorboard import SummaryWriter  # late: half a second
 
-        shutil.rmtree(folder, ignore_errors=True)
+        for entry in folder.iterdir() if folder.exists() else ():
+            if entry.is_dir():
+                shutil.rmtree(entry)
+            elif entry.suffix != ".json":  # what trained earlier runs stays, as they may come back
+                entry.unlink()
         self.writer = SummaryWriter(str(folder))
         self.run = run
         settings = json.dumps(run.model_dump(mode="json"), indent=2)

@@ -5,13 +5,14 @@ their Diff. is the difference of the means, not of the printed means.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
+from memvir.errors import NotMade
 from memvir.experiment.settings import Recipe
 from memvir.reporting import results
 from memvir.reporting.results import Check, Line, Results
@@ -44,12 +45,25 @@ class Experiment:
 
 
 def read_experiment(
-    recipe: Recipe, variants: Sequence[str], seeds: Sequence[int], result_file: Callable[[str, int], Path]
+    recipe: Recipe,
+    variants: Sequence[str],
+    seeds: Sequence[int],
+    result_file: Callable[[str, int], Path],
+    settings: Callable[[str], Mapping[str, Any]],
 ) -> Experiment:
-    """Read and aggregate the results of a recipe's variants. Raises UserError if there is not one."""
-    found = results.read_results({(v, seed): result_file(v, seed) for v in variants for seed in seeds})
+    """Read and aggregate the results of a recipe's variants, those that have the variant's present `settings`.
+
+    Raises UserError if there is not one.
+    """
+    files = {(v, seed): result_file(v, seed) for v in variants for seed in seeds}
+    found = results.read_results(files)
+    stale = results.of_other_settings(found, settings)
+    for run in stale:
+        del found[run]
+    if not found:
+        raise NotMade(f"{files[stale[0]].parent.parent}: all results are of other settings than params.yaml has now")
     lines = results.mark_plain(results.table_lines(recipe, variants), found)
-    checks = results.check_runs(found, lines, seeds)
+    checks = results.check_runs(found, lines, seeds, stale)
     values, space = results.run_values(found, lines, seeds), results.space_values(found, lines, seeds)
     shown = None if space["value"].isna().all() else summarise(space, lines)
     before = results.untrained_values(found, seeds)

@@ -3,7 +3,7 @@
 import json
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -127,6 +127,12 @@ def read_results(files: Mapping[tuple[str, int], Path]) -> Results:
     return results
 
 
+def of_other_settings(results: Results, settings: Callable[[str], Mapping[str, Any]]) -> list[tuple[str, int]]:
+    """The runs whose variant has other settings now, those of `settings`, than their result tells of."""
+    now = {variant: json.loads(json.dumps(settings(variant))) for variant, _ in results}
+    return [run for run, content in results.items() if content.get("settings") != now[run[0]]]
+
+
 def mark_plain(lines: Sequence[Line], results: Results) -> list[Line]:
     """The lines, those marked whose wrapper was never in use in a run. Older results do not tell."""
     plain: dict[str, list[int]] = {}
@@ -196,13 +202,18 @@ def settings_of(results: Results, lines: Sequence[Line]) -> dict[str, dict[str, 
 
 def environment_of(results: Results) -> dict[str, Any]:
     """What the runs were made with; several values where they differ."""
+    return {key: ", ".join(values) for key, values in _environments(results).items()}
+
+
+def _environments(results: Results) -> dict[str, list[str]]:
+    """Every value of what the runs were made with, as far as they tell."""
     seen: dict[str, list[str]] = {}
     for content in results.values():
         for key, value in _environment(content).items():
             text = value if isinstance(value, str) else json.dumps(value)
             if text not in seen.setdefault(key, []):
                 seen[key].append(text)
-    return {key: ", ".join(values) for key, values in seen.items()}
+    return seen
 
 
 @dataclass(frozen=True)
@@ -211,8 +222,10 @@ class Check:
     text: str
 
 
-def check_runs(results: Results, lines: Sequence[Line], seeds: Sequence[int]) -> list[Check]:
-    """What a reader wants to know before believing a comparison, as sentences."""
+def check_runs(
+    results: Results, lines: Sequence[Line], seeds: Sequence[int], left_out: Sequence[tuple[str, int]] = ()
+) -> list[Check]:
+    """What a reader wants to know before believing a comparison, as sentences; `left_out`: of other settings."""
     expected = len(lines) * len(seeds)
     missing = [f"{line.variant}/{seed}" for line in lines for seed in seeds if (line.variant, seed) not in results]
     checks = [
@@ -220,6 +233,9 @@ def check_runs(results: Results, lines: Sequence[Line], seeds: Sequence[int]) ->
         if missing
         else Check(True, f"All {expected} runs are there: {len(lines)} variants, {len(seeds)} seeds each.")
     ]
+    if left_out:
+        runs = ", ".join(f"{variant}/{seed}" for variant, seed in left_out)
+        checks.append(Check(False, f"Left out, as they were run with other settings than params.yaml has now: {runs}."))
     checks.append(_check_origins(lines))
     if len(seeds) < 2:
         checks.append(Check(False, "One seed only: nothing here tells chance from effect."))
@@ -247,25 +263,24 @@ def check_runs(results: Results, lines: Sequence[Line], seeds: Sequence[int]) ->
             f"Runs differ in length, from {min(lengths)} to {max(lengths)} epochs, which a difference may be due to.",
         )
     )
-    environment = environment_of(results)
-    differing = _differing([_environment(content) for content in results.values()])
-    checks.append(
-        Check(
-            False,
-            "Not all runs were made alike; they differ in "
-            + "; ".join(f"{key} ({environment[key]})" for key in differing)
-            + ".",
-        )
-        if differing
-        else Check(True, "All runs were made on the same data, with the same software and kind of device.")
-    )
+    differing = [f"{key} ({', '.join(values)})" for key, values in _environments(results).items() if len(values) > 1]
+    unknown = [f"{variant}/{seed}" for (variant, seed), content in results.items() if not _training(content)]
+    if differing:
+        checks.append(Check(False, f"Not all runs were made alike; they differ in {'; '.join(differing)}."))
+    if unknown:
+        checks.append(Check(False, f"What trained {', '.join(unknown)} is not on record."))
+    if not differing and not unknown:
+        checks.append(Check(True, "All runs were made on the same data, with the same software and kind of device."))
     return checks
 
 
 def _environment(content: Mapping[str, Any]) -> dict[str, Any]:
     """What a run was trained with, and its data; where that is not known, nothing."""
-    environment = content.get("made_by", {}).get("training", {}).get("environment", {})
-    return {**flatten(environment), **({"data": content["identity"]["index"]} if "identity" in content else {})}
+    return {**flatten(_training(content)), **({"data": content["identity"]["index"]} if "identity" in content else {})}
+
+
+def _training(content: Mapping[str, Any]) -> dict[str, Any]:
+    return content.get("made_by", {}).get("training", {}).get("environment", {})
 
 
 def _check_origins(lines: Sequence[Line]) -> Check:

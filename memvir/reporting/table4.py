@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
@@ -51,6 +52,7 @@ def read_columns(
     variants: Sequence[str],
     seeds: Sequence[int],
     result_file: Callable[[str, str, int], Path],
+    settings: Callable[[str, str], Mapping[str, Any]],
 ) -> list[Column]:
     """The data sets that have a published figure or a result; `variants` come first where several are of one loss."""
     columns = []
@@ -63,7 +65,8 @@ def read_columns(
         chosen = [line.variant for line in lines.values()]
         summary = None
         with contextlib.suppress(NotMade):
-            summary = read_experiment(recipe, chosen, seeds, functools.partial(result_file, dataset)).summary
+            file, of_variant = functools.partial(result_file, dataset), functools.partial(settings, dataset)
+            summary = read_experiment(recipe, chosen, seeds, file, of_variant).summary
         published = table4_means(dataset)
         if published or summary is not None:
             columns.append(Column(dataset, lines, summary, published))

@@ -72,6 +72,9 @@ def class_folders(source: Path) -> dict[str, list[Path]]:
         raise UserError(f"{source}: the link leads to {source.readlink()}, which does not exist; {form}")
     if not source.is_dir():
         raise UserError(f"{source}: not found; {form}")
+    for folder in (source.parent.parent, source.parent):
+        if (hiding := folder / ".dvcignore").exists():
+            raise UserError(f"{hiding}: may hide images from DVC, changes of which would go unnoticed; remove it")
     result = {}
     for split in SPLITS:
         folder = source / split

@@ -46,6 +46,11 @@ def test_directions_used_alike_decay_by_nothing_and_few_by_more():
     assert embedding_space(few, labels)["spectral_decay"] > 5
 
 
+def test_a_collapsed_model_has_no_ratio_of_distances():
+    space = embedding_space(np.ones((6, 1)), np.arange(6) // 2)
+    assert space["intra_class_distance"] == space["inter_class_distance"] == 0 and np.isnan(space["distance_ratio"])
+
+
 def test_many_images_are_compared_block_by_block():
     embeddings = np.random.default_rng(0).normal(size=(2500, 3))
     labels = np.zeros(2500, int)

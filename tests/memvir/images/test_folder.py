@@ -239,6 +239,11 @@ def link_in_a_circle(source: Path) -> Path:
     return source / "train" / "ant" / "2.png"
 
 
+def hide_a_picture_from_dvc(source: Path) -> Path:
+    (source.parent / ".dvcignore").write_text("source/train/ant/*.png")
+    return source.parent
+
+
 def put_a_dvc_project_into_a_class(source: Path) -> Path:
     (source / "train" / "ant" / ".dvc").mkdir()
     return source / "train" / "ant"
@@ -290,6 +295,7 @@ def break_link(source: Path) -> Path:
         (link_a_class_upwards, "a link to a folder"),
         (link_in_a_circle, "Too many levels of symbolic links"),
         (put_a_dvc_project_into_a_class, "holds .dvc, a project of its own"),
+        (hide_a_picture_from_dvc, r"\.dvcignore: may hide images from DVC"),
         (add_file_with_a_line_break, "holds control characters"),
         (add_undecodable_class, "holds control characters or bytes that are no text"),
         (remove_test, "not found; put images into"),

@@ -37,7 +37,7 @@ def workspace(tmp_path_factory):
                 "best": values,
                 "last_epoch": 8,
                 "best_epochs": dict.fromkeys(values, 8),
-                "settings": params.run("tiny", variant, seed).model_dump(mode="json"),
+                "settings": params.settings_of("tiny", variant),
                 "made_by": {"training": {"environment": {"torch": "2.14.1"}}},
             }
             path = folder / "results" / "tiny" / variant / f"{seed}.json"

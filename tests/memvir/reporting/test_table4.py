@@ -26,9 +26,10 @@ def columns_of(values: dict[tuple[str, str, int], float], folder: Path) -> list[
         path.parent.mkdir(parents=True, exist_ok=True)
         metrics = {"recall_at_1": value, "rp": 0.5, "map": 0.25}
         content: dict[str, Any] = {"last": metrics, "best": metrics | {"recall_at_1": value + 0.01}, "last_epoch": 3}
+        content["settings"] = PARAMS.settings_of(dataset, variant)
         path.write_text(json.dumps(copy.deepcopy(content)))
     places = lambda dataset, variant, seed: folder / dataset / variant / f"{seed}.json"  # noqa: E731
-    return table4.read_columns(PARAMS.recipes, PARAMS.variants, [1, 2], places)
+    return table4.read_columns(PARAMS.recipes, PARAMS.variants, [1, 2], places, PARAMS.settings_of)
 
 
 RESULTS = {

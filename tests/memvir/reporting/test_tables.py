@@ -6,7 +6,7 @@ import pandas as pd
 import pytest
 from scipy import stats
 
-from memvir.errors import UserError
+from memvir.errors import NotMade, UserError
 from memvir.params import parse_params
 from memvir.reporting import aggregation, formats, page, results, tables
 from memvir.reporting.results import Line
@@ -240,12 +240,15 @@ def test_documents_are_the_same_bytes_every_time():
 # ------------------------------------------------------------------------------------------------- reading results
 
 
-def write_result(path, variant="norm_softmax", seed=1, **changes) -> None:
+SETTINGS = {"loss": {"scale": 23.0}}
+
+
+def write_result(path, **changes) -> None:
     content = {
         "last": {"recall_at_1": 0.5, "rp": 0.25, "map": 0.2},
         "best": {"recall_at_1": 0.75, "rp": 0.25, "map": 0.2},
         "last_epoch": 6,
-        "settings": {"dataset": "tiny", "variant": variant, "seed": seed, "loss": {"scale": 23.0}},
+        "settings": SETTINGS,
         "made_by": {"training": {"environment": {"torch": "2.14.1"}}},
         **changes,
     }
@@ -275,12 +278,12 @@ def test_no_result_at_all_and_a_broken_file_are_errors_that_name_the_place(tmp_p
 def test_checks_find_missing_runs_mixed_settings_lengths_and_environments(tmp_path):
     lines = [Line("a", "A", "A", None, origin="tuned"), Line("b", "B", "B", "a", origin="tuned")]
     paths = {(v, s): tmp_path / v / f"{s}.json" for v in "ab" for s in (1, 2)}
-    for (variant, seed), path in paths.items():
-        write_result(path, variant, seed)
+    for path in paths.values():
+        write_result(path)
     assert all(check.passed for check in results.check_runs(results.read_results(paths), lines, [1, 2]))
     paths["a", 2].unlink()
-    write_result(paths["b", 1], "b", 1, last_epoch=9, made_by={"training": {"environment": {"torch": "2.6.0"}}})
-    write_result(paths["b", 2], "b", 2, settings={"loss": {"scale": 9.0}})
+    write_result(paths["b", 1], last_epoch=9, made_by={"training": {"environment": {"torch": "2.6.0"}}})
+    write_result(paths["b", 2], settings={"loss": {"scale": 9.0}})
     failed = [
         check.text for check in results.check_runs(results.read_results(paths), lines, [1, 2]) if not check.passed
     ]
@@ -292,18 +295,43 @@ def test_checks_find_missing_runs_mixed_settings_lengths_and_environments(tmp_pa
     ]
 
 
+def test_results_of_other_settings_are_left_out_and_named(tmp_path):
+    recipe, variants = parse_params(tiny.params()).recipe("tiny"), ["norm_softmax", "memvir_norm_softmax"]
+    result_file = lambda variant, seed: tmp_path / variant / f"{seed}.json"  # noqa: E731
+    for variant in variants:
+        for seed in (1, 2):
+            write_result(result_file(variant, seed), settings={"loss": {"scale": 9.0}} if seed == 2 else SETTINGS)
+    experiment = aggregation.read_experiment(recipe, variants, [1, 2], result_file, lambda v: SETTINGS)
+    missing, left_out = (check.text for check in experiment.checks[:2])
+    runs = "norm_softmax/2, memvir_norm_softmax/2"
+    assert missing == f"2 of 4 runs missing: {runs}."
+    assert left_out == f"Left out, as they were run with other settings than params.yaml has now: {runs}."
+    assert tables.metric_table(experiment.summary, experiment.lines, "map", "last").rows[0][1:3] == ["20.00", "missing"]
+    with pytest.raises(NotMade, match="all results are of other settings than params"):
+        aggregation.read_experiment(recipe, variants, [1, 2], result_file, lambda v: {})
+
+
+def test_what_is_not_known_of_a_run_is_no_difference(tmp_path):
+    lines, paths = [Line("a", "A", "A", None)], {("a", seed): tmp_path / f"{seed}.json" for seed in (1, 2)}
+    write_result(paths["a", 1])
+    write_result(paths["a", 2], made_by={"training": {}})
+    texts = [check.text for check in results.check_runs(results.read_results(paths), lines, [1, 2])]
+    assert texts[-1] == "What trained a/2 is not on record." and not any("Not all runs" in text for text in texts)
+
+
 def test_a_memvir_run_without_any_virtual_class_is_marked_in_every_table(tmp_path):
     recipe = parse_params(tiny.params()).recipe("tiny")
     variants = ["norm_softmax", "memvir_norm_softmax"]
     most = {("norm_softmax", 1): 0, ("norm_softmax", 2): 0, ("memvir_norm_softmax", 1): 12}
+    settings_of = lambda variant: {"memvir": {"num_steps": 2}} if variant.startswith("memvir") else {}  # noqa: E731
     for variant in variants:
         for seed in (1, 2):
-            memvir = {"num_steps": 2} if variant.startswith("memvir") else None
-            settings = {"dataset": "tiny", "variant": variant, "seed": seed, "memvir": memvir}
-            changes = {"most_virtual_classes": most.get((variant, seed), 0)}
-            write_result(tmp_path / variant / f"{seed}.json", variant, seed, settings=settings, **changes)
+            changes = {"settings": settings_of(variant), "most_virtual_classes": most.get((variant, seed), 0)}
+            write_result(tmp_path / variant / f"{seed}.json", **changes)
 
-    experiment = aggregation.read_experiment(recipe, variants, [1, 2], lambda v, s: tmp_path / v / f"{s}.json")
+    experiment = aggregation.read_experiment(
+        recipe, variants, [1, 2], lambda v, s: tmp_path / v / f"{s}.json", settings_of
+    )
     summary, lines = experiment.summary, experiment.lines
     assert [line.title for line in lines] == ["Norm-SoftMax", "MemVir + Norm-SoftMax†"]
     note = "† Not MemVir: nothing virtual was ever in use in MemVir + Norm-SoftMax, seed 2."
@@ -327,14 +355,14 @@ def test_a_wrapper_with_embeddings_alone_in_use_is_not_marked(tmp_path):
     settings, line = {"broadface": {"queue_size": 9}}, Line("b", "BroadFace + X", "BroadFace + X", None)
     for most, title in ((9, "BroadFace + X"), (0, "BroadFace + X†")):
         changes = {"most_virtual_classes": 0, "most_virtual_embeddings": most}
-        write_result(tmp_path / "b" / "1.json", "b", settings=settings, **changes)
+        write_result(tmp_path / "b" / "1.json", settings=settings, **changes)
         (marked,) = results.mark_plain([line], results.read_results({("b", 1): tmp_path / "b" / "1.json"}))
         assert marked.title == title
 
 
 def test_results_that_do_not_tell_how_many_virtual_classes_were_in_use_are_not_marked(tmp_path):
     path = tmp_path / "memvir_norm_softmax" / "1.json"
-    write_result(path, "memvir_norm_softmax", settings={"memvir": {"num_steps": 2}})
+    write_result(path, settings={"memvir": {"num_steps": 2}})
     line = Line("memvir_norm_softmax", "MemVir", "MemVir", None)
     found = results.read_results({("memvir_norm_softmax", 1): path})
     assert results.mark_plain([line], found) == [line]
@@ -424,8 +452,10 @@ def test_the_untrained_backbone_is_the_first_line_and_seen_classes_have_a_table(
             last = {"recall_at_1": 0.7, "map": 0.6 + 0.01 * seed}
             untrained = {"recall_at_1": 0.1 * seed, "map": 0.05}
             path = tmp_path / variant / f"{seed}.json"
-            write_result(path, variant, seed, last=last, best=last, space=space, untrained=untrained)
-    experiment = aggregation.read_experiment(recipe, variants, [1, 2], lambda v, s: tmp_path / v / f"{s}.json")
+            write_result(path, last=last, best=last, space=space, untrained=untrained)
+    experiment = aggregation.read_experiment(
+        recipe, variants, [1, 2], lambda v, s: tmp_path / v / f"{s}.json", lambda v: SETTINGS
+    )
     table = tables.metric_table(experiment.summary, experiment.lines, "recall_at_1", "last")
     assert table.rows[0] == ["Untrained", "10.00", "20.00", "15.00", "–", "7.07"]
     assert len(table.rows) == 3 and all(check.text.startswith("All 4 runs") for check in experiment.checks[:1])
