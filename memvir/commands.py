@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import io
 import os
 import signal
 import sys
@@ -31,6 +32,9 @@ def one_line_errors(describe: Callable[[Exception], str] = describe) -> Iterator
 
     Where nobody reads on, as in `| head`, the end is silent, and the exit code what a shell gives for SIGPIPE.
     """
+    sys.stderr = sys.stderr or open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115  `2>&-` leaves none
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # whatever the locale cannot write
     try:
         yield
         print(end="", flush=True)  # what is still in the buffer, while a failure can be told

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import subprocess
 import sys
 
 import pytest
@@ -94,3 +95,11 @@ def test_a_full_disk_behind_the_output_is_one_line():
         print("a line")
     assert end.value.code.startswith("error: file system: No space left on device")
     sys.stdout.close()
+
+
+def test_what_the_terminal_cannot_write_is_escaped_and_a_closed_stderr_is_no_error(tmp_path):
+    code = "import sys; from stages import one_line_errors\nwith one_line_errors(): print('±'); sys.stderr.write('x')"
+    shell = ["sh", "-c", f'exec "{sys.executable}" -c "$0" 2>&-', code]
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    outcome = subprocess.run(shell, capture_output=True, env=environment, text=True)
+    assert (outcome.returncode, outcome.stdout) == (0, "\\xb1\n")
