@@ -5,6 +5,7 @@ is declared. Nothing here or there imports torch, so that a stage which only mak
 """
 
 import difflib
+import math
 import re
 from pathlib import Path
 from typing import Annotated, Any
@@ -14,12 +15,20 @@ from memvir.extras import require
 
 require("experiment")
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError  # noqa: E402
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError  # noqa: E402
+
+
+def _radians(value: float) -> float:
+    if not 0 <= value < math.pi:
+        raise ValueError(f"expected an angle in radians, from 0 to below pi, found {value}")
+    return value
+
 
 Positive = Annotated[float, Field(gt=0, le=1e9)]
 NonNegative = Annotated[float, Field(ge=0, le=1e9)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=1, le=10**9)]
+Angle = Annotated[float, AfterValidator(_radians)]
 Side = Annotated[int, Field(ge=1, le=4096)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_]+$", max_length=64)]

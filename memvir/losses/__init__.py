@@ -7,11 +7,11 @@ in no time.
 
 import math
 import pkgutil
-from numbers import Real
+from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any
 
 from memvir.errors import UserError
-from memvir.losses.declarations import declaration
+from memvir.losses.declarations import RANGES, declaration
 
 if TYPE_CHECKING:
     from memvir.losses.arcface import ArcFace
@@ -85,7 +85,7 @@ def build_loss(name: str, num_classes: int, dim: int, **options: Any) -> "ProxyL
     """A loss over `num_classes` proxies of `dim` numbers each; case and separators in its name are ignored.
 
     Options are the loss's own (such as `scale`, `margin`, `alpha`, `delta`), `initialisation` of the proxies, and
-    `generator` for it. Raises UserError for a loss or an option that there is not.
+    `generator` for it. Raises UserError for a loss or an option that there is not, and a number out of its range.
     """
     declared = DECLARATIONS[canonical_name(name)]
     for option, value in options.items():
@@ -93,9 +93,14 @@ def build_loss(name: str, num_classes: int, dim: int, **options: Any) -> "ProxyL
             continue
         if option not in declared.options:
             raise UserError(f"{declared.display_name} has no option {option!r}; it has: {', '.join(declared.options)}")
-        is_number = isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
-        if declared.options[option].is_number and not is_number:
+        if not declared.options[option].is_number:
+            continue
+        if not isinstance(value, Real) or isinstance(value, bool) or not math.isfinite(value):
             raise UserError(f"{declared.display_name}: {option} must be a number, not {value!r}")
+        described, allowed = RANGES.get(declared.options[option].annotation, ("", lambda value: True))
+        if not allowed(value):
+            raise UserError(f"{declared.display_name}: {option} must be {described}, not {value}")
+        options[option] = int(value) if isinstance(value, Integral) else float(value)  # numpy's too
     return loss_class(name)(num_classes, dim, **options)
 
 

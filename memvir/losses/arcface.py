@@ -6,7 +6,7 @@ import torch
 from memvir.losses.cross_entropy import CrossEntropyLoss
 
 if TYPE_CHECKING:
-    from memvir.sections import NonNegative, Positive
+    from memvir.sections import Angle, Positive
 
 
 class ArcFace(CrossEntropyLoss):
@@ -17,10 +17,13 @@ class ArcFace(CrossEntropyLoss):
 
     display_name = "ArcFace"
 
-    def __init__(self, num_classes: int, dim: int, scale: "Positive" = 64.0, margin: "NonNegative" = 0.5, **kwargs):
+    def __init__(self, num_classes: int, dim: int, scale: "Positive" = 64.0, margin: "Angle" = 0.5, **kwargs):
         super().__init__(num_classes, dim, **kwargs)
         self.scale, self.margin = scale, margin
-        self.factor = scale
+
+    @property
+    def factor(self):
+        return self.scale
 
     def positive(self, similarity):
         square = (1 - similarity**2).clamp(min=1e-12)  # away from 0, where the root's gradient is infinite

@@ -14,7 +14,10 @@ class CosFace(CrossEntropyLoss):
     def __init__(self, num_classes: int, dim: int, scale: "Positive" = 64.0, margin: "NonNegative" = 0.35, **kwargs):
         super().__init__(num_classes, dim, **kwargs)
         self.scale, self.margin = scale, margin
-        self.factor = scale
+
+    @property
+    def factor(self):
+        return self.scale
 
     def positive(self, similarity):
         return similarity - self.margin

@@ -2,11 +2,21 @@
 
 import ast
 import importlib.util
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from memvir.errors import UserError
 
 GIVEN = ("self", "num_classes", "dim", "generator")  # by whoever builds a loss; the rest are its options
+
+RANGES: dict[str, tuple[str, Callable[[float], bool]]] = {
+    "Positive": ("above 0, at most 1e9", lambda value: 0 < value <= 1e9),
+    "NonNegative": ("from 0 to 1e9", lambda value: 0 <= value <= 1e9),
+    "Fraction": ("from 0 to 1", lambda value: 0 <= value <= 1),
+    "Angle": ("in radians, from 0 to below pi", lambda value: 0 <= value < math.pi),
+}
+"""What the types of `memvir.sections` that losses' options have allow, for programs, which need not have pydantic."""
 
 
 @dataclass(frozen=True)

@@ -14,4 +14,7 @@ class NormSoftMax(CrossEntropyLoss):
     def __init__(self, num_classes: int, dim: int, scale: "Positive" = 23.0, **kwargs):
         super().__init__(num_classes, dim, **kwargs)
         self.scale = scale
-        self.factor = scale
+
+    @property
+    def factor(self):
+        return self.scale

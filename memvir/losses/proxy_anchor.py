@@ -27,7 +27,10 @@ class ProxyAnchor(ProxyLoss):
     def __init__(self, num_classes: int, dim: int, alpha: "Positive" = 32.0, delta: "NonNegative" = 0.1, **kwargs):
         super().__init__(num_classes, dim, **kwargs)
         self.alpha, self.delta = alpha, delta
-        self.factor = alpha
+
+    @property
+    def factor(self):
+        return self.alpha
 
     def block(self, embeddings, proxies, labels):
         similarity = Similarities.apply(proxies, embeddings)  # (C, B)

@@ -10,6 +10,7 @@ and `combine` makes the loss of it, so that the plain loss is `combine` of one `
 """
 
 import math
+from numbers import Real
 from typing import Literal
 
 import torch
@@ -40,6 +41,8 @@ class ProxyLoss(nn.Module):
     ):
         super().__init__()
         check_counts(type(self).__name__, num_classes=num_classes, dim=dim)
+        if not isinstance(generator, torch.Generator | None):
+            raise UserError(f"{type(self).__name__}: generator must be a torch.Generator, not {generator!r}")
         self.proxies = nn.Parameter(torch.empty(num_classes, dim))
         with torch.no_grad():
             self.initialise(self.initialisation if initialisation is None else initialisation, generator)
@@ -83,7 +86,12 @@ class ProxyLoss(nn.Module):
         with without_autocast(embeddings.device):
             return self.mean(*self.inputs(embeddings, self.proxies), labels)
 
+    @property
+    def numbers(self) -> dict[str, float]:
+        """Its options that are numbers, as they are now: they may be changed while it trains."""
+        values = vars(self).items()
+        return {name: float(value) for name, value in values if isinstance(value, Real) and not isinstance(value, bool)}
+
     def extra_repr(self) -> str:
         num_classes, dim = self.proxies.shape
-        options = (f"{name}={value:g}" for name, value in vars(self).items() if type(value) in (int, float))
-        return ", ".join([f"{num_classes}, {dim}", *options])
+        return ", ".join([f"{num_classes}, {dim}", *(f"{name}={value}" for name, value in self.numbers.items())])

@@ -18,4 +18,7 @@ class ProxyNCA(CrossEntropyLoss):
     def __init__(self, num_classes: int, dim: int, scale: "Positive" = 12.0, **kwargs):
         super().__init__(num_classes, dim, **kwargs)
         self.scale = scale
-        self.factor = 2 * scale
+
+    @property
+    def factor(self):
+        return 2 * self.scale

@@ -4,14 +4,17 @@ import inspect
 import math
 import sys
 
+import numpy as np
 import pytest
 import pytorch_metric_learning.losses as pml
 import torch
+from pydantic import TypeAdapter, ValidationError
 from torch import nn
 
+from memvir import sections
 from memvir.errors import UserError
 from memvir.losses import DECLARATIONS, DISPLAY_NAMES, LOSSES, build_loss, canonical_name, loss_class
-from memvir.losses.declarations import declaration
+from memvir.losses.declarations import RANGES, declaration
 
 torch.set_num_threads(1)
 
@@ -346,6 +349,51 @@ def test_sizes_that_are_no_whole_numbers_are_an_error(sizes, message):
 def test_an_option_that_is_no_number_is_an_error(value):
     with pytest.raises(UserError, match="Norm-SoftMax: scale must be a number, not "):
         build_loss("norm_softmax", 5, 6, scale=value)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("norm_softmax", {"scale": 0}, "Norm-SoftMax: scale must be above 0, at most 1e9, not 0"),
+        ("arcface", {"scale": -5.0}, "ArcFace: scale must be above 0, at most 1e9, not -5.0"),
+        ("arcface", {"margin": 28.6}, "ArcFace: margin must be in radians, from 0 to below pi, not 28.6"),
+        ("cosface", {"margin": -0.5}, "CosFace: margin must be from 0 to 1e9, not -0.5"),
+        ("proxy_anchor", {"alpha": 1e10}, "Proxy-Anchor: alpha must be above 0"),
+        ("softmax", {"generator": 5}, "SoftMax: generator must be a torch.Generator, not 5"),
+    ],
+)
+def test_an_option_out_of_its_range_is_an_error(name, options, message):
+    with pytest.raises(UserError, match=message):
+        build_loss(name, 5, 6, **options)
+
+
+@pytest.mark.parametrize("kind", RANGES)
+def test_a_program_and_params_yaml_may_give_the_same_numbers(kind):
+    _, allowed = RANGES[kind]
+    of_params = TypeAdapter(getattr(sections, kind))
+    for value in (-1.0, -1e-9, 0.0, 1e-9, 1.0, 1.1, 3.141592, math.pi, 1e9, 1.1e9):
+        try:
+            of_params.validate_python(value)
+        except ValidationError:
+            assert not allowed(value)
+        else:
+            assert allowed(value)
+
+
+@pytest.mark.parametrize("name", [name for name in LOSSES if "scale" in DECLARATIONS[name].options])
+def test_a_scale_that_is_changed_counts_from_the_next_step(name):
+    changed, built = build_loss(name, 5, 6), build_loss(name, 5, 6, scale=np.float64(3.0))
+    built.load_state_dict(changed.state_dict())
+    changed(FOUR, torch.tensor([0, 4, 2, 2]))
+    changed.scale = 3
+    assert changed(FOUR, torch.tensor([0, 4, 2, 2])) == built(FOUR, torch.tensor([0, 4, 2, 2]))
+    assert repr(changed) == repr(built)
+
+
+def test_numbers_of_numpy_are_numbers_and_shown_to_their_last_digit():
+    loss = build_loss("arcface", 5, 6, scale=np.float32(30), margin=np.float64(0.12345678901))
+    assert type(loss.scale) is type(loss.margin) is float
+    assert repr(loss) == "ArcFace(5, 6, scale=30.0, margin=0.12345678901)"
 
 
 @pytest.mark.parametrize("name", [None, 3, ["softmax"]])

@@ -122,7 +122,7 @@ def test_an_edit_of_params_makes_out_of_date_what_it_changes(project: Project, c
 
 
 CODE = {
-    "the loss": ("losses/norm_softmax.py", "self.factor = scale", "self.factor = 2 * scale", ALL_RUNS),
+    "the loss": ("losses/norm_softmax.py", "return self.scale", "return 2 * self.scale", ALL_RUNS),
     "a formula that losses share": ("losses/cross_entropy.py", "self.factor * similarity", "similarity", ALL_RUNS),
     "a loss that no run has": ("losses/cosface.py", "- self.margin", "+ self.margin", set()),
     "the memory": ("memory.py", "min(turn, self.num_steps)", "max(turn, self.num_steps)", MEMVIR_RUNS),
