@@ -1,10 +1,14 @@
 """Log-sum-exps, in full precision and with the same bits on every processor."""
 
+import functools
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+
+from memvir.errors import UserError
 
 MASKED = -1e30  # a logit that takes no part; finite, because the gradient of a log-sum-exp of -inf alone is nan
 
@@ -14,6 +18,20 @@ def without_autocast(device: torch.device) -> AbstractContextManager:
     if torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type):
         return torch.autocast(device.type, enabled=False)
     return nullcontext()
+
+
+def first_derivative_alone(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """UserError where a second derivative is asked for. torch's `once_differentiable` lets it be wrong, without a word,
+    where no gradient that comes in needs one: as at the end of every backward pass.
+    """
+
+    @functools.wraps(backward)
+    def checked(ctx, *gradients):
+        if torch.is_grad_enabled():
+            raise UserError("the losses of memvir have no second derivatives; leave out create_graph=True")
+        return backward(ctx, *gradients)
+
+    return checked
 
 
 def shares_and_logsumexp(logits: Tensor) -> tuple[Tensor, Tensor]:
@@ -36,7 +54,7 @@ class LogSumExp(torch.autograd.Function):
         return logsumexp
 
     @staticmethod
-    @once_differentiable
+    @first_derivative_alone
     def backward(ctx, gradient: Tensor) -> Tensor:
         return gradient[..., None] * ctx.saved_tensors[0]
 

@@ -2,9 +2,8 @@
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from memvir.losses.logsumexp import without_autocast
+from memvir.losses.logsumexp import first_derivative_alone, without_autocast
 
 BLOCK = 128
 """Terms of a sum that MKL adds up one by one on AMD and on Intel; of more it makes blocks, which differ. Very small
@@ -33,7 +32,7 @@ class Similarities(torch.autograd.Function):
         return product(anchors, others.T)
 
     @staticmethod
-    @once_differentiable
+    @first_derivative_alone
     def backward(ctx, gradient: Tensor) -> tuple[Tensor | None, Tensor | None]:
         anchors, others = ctx.saved_tensors
         by_anchors, by_others = ctx.needs_input_grad

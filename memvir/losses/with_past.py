@@ -5,9 +5,8 @@ The formula and its notation are at the top of `memvir.memory`.
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from memvir.losses.logsumexp import shares_and_logsumexp
+from memvir.losses.logsumexp import first_derivative_alone, shares_and_logsumexp
 from memvir.losses.products import product
 from memvir.losses.proxy_loss import ProxyLoss
 
@@ -70,6 +69,6 @@ class CombinedWithPast(torch.autograd.Function):
         return value, across, down
 
     @staticmethod
-    @once_differentiable
+    @first_derivative_alone
     def backward(ctx, gradient: Tensor, *_):
         return None, *(gradient * derivative for derivative in ctx.saved_tensors), *[None] * 8

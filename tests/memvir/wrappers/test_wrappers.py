@@ -251,6 +251,16 @@ def test_a_copy_goes_on_like_the_original_and_apart_from_it(wrapper):
 
 
 @pytest.mark.parametrize(("wrapper", "loss"), PAIRS)
+def test_a_second_derivative_is_refused(wrapper, loss):
+    module = wrapped(wrapper, loss)
+    for step in range(3):
+        embeddings, labels = batch(step)
+        for one in (module, module.loss):
+            with pytest.raises(UserError, match="no second derivatives; leave out create_graph=True"):
+                torch.autograd.grad(one(embeddings, labels), embeddings, create_graph=True)
+
+
+@pytest.mark.parametrize(("wrapper", "loss"), PAIRS)
 def test_a_step_of_a_wrapper_runs_without_numbers(wrapper, loss):
     module = wrapped(wrapper, loss).to("meta")
     for size in (8, 5, 8):
