@@ -16,6 +16,7 @@ classes, D dimensions, A anchors and K others (B and C, or C and B), n <= N slot
 """
 
 from numbers import Integral
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -46,7 +47,8 @@ class MemVir(LossWrapper):
         step_gap: M, how many steps are left out between two selected ones.
         storage_dtype: how stored embeddings and proxies are kept: "float32", "bfloat16" or "float64", or torch's;
             by default the type that the loss computes in. Arithmetic is in at least float32 in any case.
-        concatenate: take the O(N^2) way of the definition for every loss.
+        concatenate: take the O(N^2) way of the definition for every loss. Its scale and margin may then be changed
+            while it trains; otherwise that is a UserError, as the memory holds sums that depend on them.
 
     While `enabled` is False (warm-up), and in eval mode, this is the plain loss: nothing is stored or used. The memory
     is allocated at the first step, grows if a later batch is larger, and is all in state_dict(). Every forward in
@@ -82,16 +84,16 @@ class MemVir(LossWrapper):
         if storage_dtype is not None and storage_dtype not in STORAGE_DTYPES:
             raise UserError(f"MemVir's storage_dtype is float32 or bfloat16, not {storage_dtype!r}")
         self._parameter = proxy_parameter(loss)
-        self.num_steps = num_steps
-        self.step_gap = step_gap
+        self.num_steps, self.step_gap = int(num_steps), int(step_gap)
         assert not isinstance(storage_dtype, str)
         self.storage_dtype = storage_dtype
         self.concatenate = concatenate or not isinstance(loss, ProxyLoss)
         self.num_classes = number_of_classes(loss, self._parameter)  # C
         self._step = 0  # steps stored so far, the pending one included
         self._slots_used = 0  # n of the last forward
-        self._sizes = [[0] * num_steps for _ in range(step_gap + 1)]  # embeddings in each slot
+        self._sizes = [[0] * self.num_steps for _ in range(self.step_gap + 1)]  # embeddings in each slot
         self._pending: dict[str, Tensor] = {}  # what the last step leaves, written at the start of the next
+        self._numbers: dict[str, float] = {}  # of the loss, with which the log-sum-exps were computed
         for name in self._layout(0):
             self.register_buffer(name, None)
         if num_steps and not isinstance(loss, ProxyLoss):
@@ -101,11 +103,6 @@ class MemVir(LossWrapper):
     def proxies(self) -> Tensor:
         """(C, D), or of a loss with several proxies to a class (C * as many, D)."""
         return proxies_of(self.loss, self._parameter)
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """What the loss computes in."""
-        return torch.promote_types(self.proxies.dtype, torch.float32)
 
     @property
     def num_virtual_classes(self) -> int:
@@ -125,6 +122,12 @@ class MemVir(LossWrapper):
             if not (self.active and self.num_steps):
                 self._slots_used = 0
                 return self.loss(embeddings, labels)
+            numbers = self._numbers if self.concatenate else self.loss.numbers
+            if self._step and numbers != self._numbers:
+                raise UserError(
+                    f"MemVir's memory holds sums of a loss with {self._numbers}, which has {numbers} now; to change "
+                    "that while it trains, build MemVir with concatenate=True"
+                )
             self._commit()
             self._reserve(len(embeddings), embeddings.device)
             compute = self._concatenated if self.concatenate else self._two_strips
@@ -133,7 +136,7 @@ class MemVir(LossWrapper):
             embeddings, proxies, one = FiniteRows.apply(embeddings, self.proxies.to(self.dtype))
             loss, pending = compute(embeddings, proxies, labels, residue, turn, n)
         # together, so that a step which fails has not happened
-        self._pending, self._step, self._slots_used = pending, self._step + 1, n
+        self._pending, self._step, self._slots_used, self._numbers = pending, self._step + 1, n, numbers
         return loss * one
 
     def steps_in_use(self) -> list[tuple[int, Tensor, Tensor, Tensor]]:
@@ -278,23 +281,16 @@ class MemVir(LossWrapper):
 
     # --- moving and saving -------------------------------------------------------------------------------------------
 
-    def _apply(self, fn, recurse=True):
-        """Moves the memory with the module, but in its own types: half precision does not hold log-sum-exps."""
-        memory = self._buffers, self._pending
-        held = [{name: tensor for name, tensor in tensors.items() if tensor is not None} for tensors in memory]
-        self._buffers.update(dict.fromkeys(self._buffers))
-        super()._apply(fn, recurse)
-        types = {name: dtype for name, (_, dtype) in self._layout(0).items()}
-        for tensors, before in zip(memory, held, strict=True):
-            for name, tensor in before.items():
-                new, dtype = fn(tensor), types.get(name, self.dtype)
-                tensors[name] = new if new.dtype == dtype else tensor.to(new.device, dtype)
-        return self
+    def _memory(self) -> tuple[dict, ...]:
+        return self._buffers, self._pending
 
-    def _settings(self) -> dict[str, str | int]:
-        """What a memory must have in common with the module that it is loaded into."""
+    def _kept_in(self, name: str) -> torch.dtype:
+        stored = self.storage_dtype if name in ("past_embeddings", "past_proxies") else None
+        return stored or self.dtype
+
+    def _settings(self) -> dict[str, Any]:
         num_proxies, dim = self.proxies.shape
-        return {
+        settings: dict[str, Any] = {
             "num_steps (N)": self.num_steps,
             "step_gap (M)": self.step_gap,
             "number of classes (C)": self.num_classes,
@@ -302,12 +298,13 @@ class MemVir(LossWrapper):
             "embedding dimension (D)": dim,
             "storage_dtype": str(self.storage_dtype or self.dtype),
             "concatenate": self.concatenate,
-            "loss": repr(self.loss),  # the cached log-sum-exps hold its scale and margin
         }
+        return settings if self.concatenate else settings | {"loss": repr(self.loss)}  # whose scale the sums have
 
     def get_extra_state(self) -> dict:
         return {
             "settings": self._settings(),
+            "numbers": self._numbers,
             "step": self._step,
             "slots_used": self._slots_used,
             "sizes": [list(sizes) for sizes in self._sizes],
@@ -319,20 +316,14 @@ class MemVir(LossWrapper):
         self._slots_used = state["slots_used"]
         self._sizes = [list(sizes) for sizes in state["sizes"]]
         self._pending = dict(state["pending"])
+        self._numbers = dict(state["numbers"])
 
-    def _load_from_state_dict(self, state_dict, prefix, *args):
+    def _prepare_for(self, state_dict: dict, prefix: str) -> None:
         """Allocates what the state holds, so that a module which has seen no batch yet loads it strictly."""
-        extra = state_dict.get(prefix + "_extra_state")
-        if extra is not None:
-            theirs, ours = extra["settings"], self._settings()
-            for setting, value in ours.items():
-                if theirs.get(setting) != value:
-                    raise UserError(
-                        f"this state of MemVir was saved with {setting} {theirs.get(setting)}, not {value}; "
-                        "build the module with the same settings, or train anew"
-                    )
-            for name in self._layout(0):
-                setattr(self, name, None)
-            if prefix + "past_labels" in state_dict:
-                self._reserve(state_dict[prefix + "past_labels"].shape[2], self.proxies.device)
-        super()._load_from_state_dict(state_dict, prefix, *args)
+        held = [name for name in self._layout(0) if prefix + name in state_dict]
+        if state_dict[prefix + "_extra_state"]["step"] and len(held) < len(self._layout(0)):
+            raise UserError("this state of MemVir lacks part of its memory; load all, or leave _extra_state out too")
+        for name in self._layout(0):
+            setattr(self, name, None)
+        if held:
+            self._reserve(state_dict[prefix + "past_labels"].shape[2], self.proxies.device)

@@ -45,11 +45,11 @@ def checked_labels(embeddings: Tensor, labels: Tensor, proxies: Tensor, num_clas
     return labels
 
 
-def check_counts(owner: str, **counts: object) -> None:
-    """UserError unless all are whole numbers from 1."""
+def check_counts(owner: str, least: int = 1, **counts: object) -> None:
+    """UserError unless all are whole numbers from `least`."""
     for name, value in counts.items():
-        if not isinstance(value, Integral) or isinstance(value, bool) or value < 1:
-            raise UserError(f"{owner}: {name} must be a whole number from 1, not {value!r}")
+        if not isinstance(value, Integral) or isinstance(value, bool) or value < least:
+            raise UserError(f"{owner}: {name} must be a whole number from {least}, not {value!r}")
 
 
 def _described(value: object) -> str:

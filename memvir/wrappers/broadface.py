@@ -32,14 +32,12 @@ class BroadFace(LossWrapper):
         if not isinstance(loss, ProxyLoss):
             raise UserError(f"BroadFace needs a loss of memvir.losses, not {type(loss).__name__}")
         check_counts("BroadFace", queue_size=queue_size)
-        self.queue_size = queue_size
+        self.queue_size = int(queue_size)
         self.cursor = self.filled = 0  # where the next embedding goes, and how many there are
-        rows = self.proxies.new_zeros(
-            queue_size, self.proxies.shape[1], dtype=torch.promote_types(self.proxies.dtype, torch.float32)
-        )
+        rows = self.proxies.new_zeros(self.queue_size, self.proxies.shape[1], dtype=self.dtype)
         self.register_buffer("past_embeddings", rows)
         self.register_buffer("past_proxies", rows.clone())
-        self.register_buffer("past_labels", torch.zeros(queue_size, dtype=torch.int64, device=rows.device))
+        self.register_buffer("past_labels", torch.zeros(self.queue_size, dtype=torch.int64, device=rows.device))
 
     def forward(self, embeddings: Tensor, labels: Tensor) -> Tensor:
         labels = checked_labels(embeddings, labels, self.proxies, len(self.proxies))
@@ -47,8 +45,7 @@ class BroadFace(LossWrapper):
             self.in_use = (0, 0)
             return self.loss(embeddings, labels)
         with without_autocast(embeddings.device):
-            dtype = torch.promote_types(self.proxies.dtype, torch.float32)
-            embeddings, proxies, one = FiniteRows.apply(embeddings.to(dtype), self.proxies.to(dtype))
+            embeddings, proxies, one = FiniteRows.apply(embeddings.to(self.dtype), self.proxies.to(self.dtype))
             rows, proxies = self.loss.inputs(embeddings, proxies)  # (B, D), (C, D)
             fixed, past_labels = rows.detach(), self.past_labels[: self.filled]
             past = self._compensated(proxies.detach(), past_labels)  # (n, D)
@@ -73,6 +70,9 @@ class BroadFace(LossWrapper):
             queue.index_copy_(0, places, rows[-count:].to(queue.dtype))
         self.cursor = (self.cursor + count) % self.queue_size
         self.filled = min(self.filled + count, self.queue_size)
+
+    def _settings(self) -> dict[str, str | int]:
+        return {"queue_size": self.queue_size, "loss": type(self.loss).__name__}  # of vectors with lengths or without
 
     def extra_repr(self) -> str:
         return f"queue_size={self.queue_size}"

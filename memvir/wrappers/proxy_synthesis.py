@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from memvir.errors import UserError
-from memvir.losses.checks import checked_labels
+from memvir.losses.checks import check_counts, checked_labels
 from memvir.losses.logsumexp import without_autocast
 from memvir.losses.proxy_loss import ProxyLoss
 from memvir.wrappers.wrapper import LossWrapper
@@ -40,8 +40,10 @@ class ProxySynthesis(LossWrapper):
             )
         if not all(isinstance(number, Real) and number > 0 for number in (alpha, mu)) or alpha == math.inf or mu > 1:
             raise UserError(f"Proxy Synthesis needs an alpha above 0 and a mu above 0, at most 1; not {alpha} and {mu}")
-        self.alpha, self.mu = alpha, mu
+        self.alpha, self.mu = float(alpha), float(mu)
         self.seed = torch.initial_seed() if seed is None else seed
+        check_counts("Proxy Synthesis", 0, seed=self.seed)
+        self.seed = int(self.seed)
         self.step = 0
 
     def forward(self, embeddings: Tensor, labels: Tensor) -> Tensor:
@@ -71,5 +73,8 @@ class ProxySynthesis(LossWrapper):
         random = np.random.Generator(np.random.PCG64([self.seed, self.step]))
         return float(np.float32(random.beta(self.alpha, self.alpha)))
 
+    def _settings(self) -> dict[str, float]:
+        return {"alpha": self.alpha, "mu": self.mu}
+
     def extra_repr(self) -> str:
-        return f"alpha={self.alpha:g}, mu={self.mu:g}"
+        return f"alpha={self.alpha}, mu={self.mu}"

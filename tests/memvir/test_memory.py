@@ -4,6 +4,7 @@ import copy
 import io
 import math
 
+import numpy as np
 import pytest
 import pytorch_metric_learning.losses as pml
 import pytorch_metric_learning.reducers
@@ -660,6 +661,55 @@ def test_a_state_of_other_settings_is_an_error_that_says_which(other, message):
     train(memvir, batches(5, dtype=torch.float32))
     with pytest.raises(UserError, match=message):
         build(**other).load_state_dict(memvir.state_dict())
+
+
+@pytest.mark.parametrize(
+    ("name", "number"), [("norm_softmax", "scale"), ("arcface", "margin"), ("proxy_anchor", "alpha")]
+)
+def test_a_loss_may_be_changed_while_it_trains_only_where_nothing_was_computed_with_it(name, number):
+    loss = build_loss(name, 4, 6).double()
+    memvir, concatenated = MemVir(loss, 2, 0), MemVir(loss, 2, 0, concatenate=True)
+    setattr(loss, number, 0.4)
+    for embeddings, labels in batches(4):
+        torch.testing.assert_close(memvir(embeddings, labels), concatenated(embeddings, labels))
+    setattr(loss, number, 0.3)
+    saved = memvir.state_dict()
+    for module in (memvir, MemVir(loss, 2, 0)):
+        module.load_state_dict(saved)
+        with pytest.raises(UserError, match=rf"'{number}': 0.4.* has .*'{number}': 0.3.*concatenate=True"):
+            module(embeddings, labels)
+    assert concatenated(embeddings, labels).isfinite()
+
+
+def test_a_number_that_differs_in_its_last_digit_is_another_setting():
+    memvir, other = (MemVir(build_loss("arcface", 4, 6, margin=np.float64(m)), 2, 0) for m in (0.5, 0.50000001))
+    with pytest.raises(UserError, match=r"margin=0.5\), not .*margin=0.50000001"):
+        other.load_state_dict(memvir.state_dict())
+
+
+class Learning(PlainSoftMax):
+    def __init__(self, num_classes, dim):
+        super().__init__(num_classes, dim)
+        self.bias = nn.Parameter(torch.zeros(()))
+
+    def extra_repr(self):
+        return f"bias={self.bias.item()}"
+
+
+def test_a_loss_that_shows_what_it_has_learnt_resumes():
+    memvir, resumed = (MemVir(Learning(4, 6), 2, 0) for _ in range(2))
+    with torch.no_grad():
+        memvir.loss.bias.add_(1)
+    resumed.load_state_dict(memvir.state_dict())
+    assert resumed.loss.bias == 1
+
+
+def test_a_state_without_its_memory_is_an_error():
+    memvir = MemVir(build_loss("norm_softmax", 4, 6).double(), 2, 0)
+    train(memvir, batches(3))
+    partial = {key: value for key, value in memvir.state_dict().items() if key != "block_lse"}
+    with pytest.raises(UserError, match="lacks part of its memory; load all, or leave _extra_state out too"):
+        memvir.load_state_dict(partial, strict=False)
 
 
 # --- types and devices ------------------------------------------------------------------------------------------------

@@ -241,6 +241,46 @@ def test_a_run_that_is_saved_and_resumed_goes_on_to_the_bit(wrapper, stop):
     assert all(torch.equal(one, other) for one, other in zip(values, uninterrupted, strict=True))
 
 
+@pytest.mark.parametrize(
+    ("wrapper", "loss", "settings", "message"),
+    [
+        ("broadface", "softmax", {}, "state of BroadFace was saved with loss NormSoftMax, not SoftMax; build"),
+        ("broadface", "norm_softmax", {"queue_size": 12}, "queue_size 11, not 12"),
+        (
+            "proxy_synthesis",
+            "norm_softmax",
+            {"alpha": 0.9},
+            "ProxySynthesis was saved with alpha 0.4, not 0.9",
+        ),
+        ("proxy_synthesis", "norm_softmax", {"mu": 1}, "mu 0.75, not 1.0"),
+    ],
+)
+def test_a_state_of_other_settings_is_refused(wrapper, loss, settings, message):
+    other = wrap(build_loss(loss, C, D), wrapper, **SETTINGS[wrapper] | settings)
+    with pytest.raises(UserError, match=message):
+        other.load_state_dict(wrapped(wrapper).state_dict())
+
+
+@pytest.mark.parametrize("wrapper", WRAPPERS)
+def test_settings_may_be_numbers_of_numpy(wrapper):
+    file = io.BytesIO()
+    settings = {key: np.asarray(value)[()] for key, value in SETTINGS[wrapper].items()}
+    module = wrap(build_loss("norm_softmax", C, D), wrapper, **settings)
+    module(*batch(0, torch.float32))
+    torch.save(module.state_dict(), file)
+    file.seek(0)
+    module.load_state_dict(torch.load(file, weights_only=True))
+
+
+def test_a_queue_stays_in_full_precision_in_a_module_that_is_made_half():
+    module = wrapped("broadface", "softmax", torch.float32).half()
+    for step, size in enumerate((1e5, 1, 1)):  # beyond 65,504 is infinite
+        embeddings, labels = batch(step, torch.float32)
+        assert module(size * embeddings, labels).isfinite()
+    assert module.past_embeddings.dtype == module.past_proxies.dtype == torch.float32
+    assert module.double().past_embeddings.dtype == torch.float64
+
+
 @pytest.mark.parametrize("wrapper", WRAPPERS)
 def test_a_copy_goes_on_like_the_original_and_apart_from_it(wrapper):
     module = wrapped(wrapper, dtype=torch.float32)
@@ -318,6 +358,8 @@ def test_data_parallel_is_refused_by_every_wrapper(wrapper):
         ("proxy_synthesis", "arcface", {"mu": 1.5}, "not 0.4 and 1.5"),
         ("proxy_synthesis", "arcface", {"alpha": "1"}, "not 1 and 1.0"),
         ("proxy_synthesis", "arcface", {"mu": math.nan}, "not 0.4 and nan"),
+        ("proxy_synthesis", "arcface", {"seed": -1}, "Proxy Synthesis: seed must be a whole number from 0, not -1"),
+        ("proxy_synthesis", "arcface", {"seed": 1.5}, "not 1.5"),
         ("broadface", "arcface", {"queue_size": 0}, "BroadFace: queue_size must be a whole number from 1, not 0"),
         ("broadface", "arcface", {"queue_size": 2.5}, "not 2.5"),
     ],
