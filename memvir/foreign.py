@@ -1,8 +1,10 @@
 """Losses that know nothing of MemVir, such as pytorch-metric-learning's: called with other proxies than their own."""
 
 import copy
+from numbers import Integral
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
@@ -33,8 +35,8 @@ def proxies_of(loss: nn.Module, parameter: str) -> Tensor:
 def number_of_classes(loss: nn.Module, parameter: str) -> int:
     """C: as many as there are proxies, or fewer if the loss says so; some keep a `num_classes` of 0."""
     num_proxies, num_classes = len(proxies_of(loss, parameter)), getattr(loss, "num_classes", 0)
-    several_each = isinstance(num_classes, int) and num_classes > 0 and num_proxies % num_classes == 0
-    return num_classes if several_each else num_proxies
+    is_number = isinstance(num_classes, Integral) and not isinstance(num_classes, bool)
+    return int(num_classes) if is_number and num_classes > 0 and num_proxies % num_classes == 0 else num_proxies
 
 
 def call_with(
@@ -57,23 +59,48 @@ def call_with(
 def try_more_classes(loss: nn.Module, parameter: str, num_classes: int) -> None:
     """UserError unless the loss works with twice its classes: it should not fail after hours, at the first that come.
 
-    A copy of it is called, so that nothing which it counts has counted this.
+    And unless it is a mean to which all count, each class with the proxies that stand together. Copies of it are
+    called, so that nothing which it counts or draws has counted this.
     """
-    proxies = proxies_of(loss, parameter).detach()
+    proxies, name = proxies_of(loss, parameter).detach(), type(loss).__name__
     if proxies.is_meta:
         return
-    proxies, name = proxies.to(torch.promote_types(proxies.dtype, torch.float32)), type(loss).__name__
-    labels = torch.tensor([0, 2 * num_classes - 1], device=proxies.device)
-    try:
-        with torch.no_grad():
-            mean = call_with(
-                proxies.repeat(2, 1), 2 * num_classes, copy.deepcopy(loss), parameter, proxies[[0, -1]], labels
+    device, rows, dtype = proxies.device, len(proxies), torch.promote_types(proxies.dtype, torch.float32)
+    generator = torch.Generator(device).manual_seed(0)
+    drawn = torch.randn(2 * rows + 3, proxies.shape[1], dtype=dtype, device=device, generator=generator)
+    proxies, embeddings = F.normalize(drawn).split([2 * rows, 3])
+    embeddings = embeddings - 2 * proxies[[0, rows, -1]]  # far from their own classes: no term is lost in rounding
+    classes = torch.arange(2 * num_classes, device=device)
+    labels = classes[[0, num_classes, -1]]
+
+    def called(proxies: Tensor, embeddings: Tensor, labels: Tensor) -> Tensor:
+        return call_with(proxies, len(classes), copy.deepcopy(loss), parameter, embeddings, labels)
+
+    def is_mean(proxies: Tensor, embeddings: Tensor, labels: Tensor) -> bool:
+        return torch.allclose(called(proxies, embeddings, labels), mean, rtol=1e-4, atol=1e-5)
+
+    with torch.no_grad(), torch.random.fork_rng([device] if device.type == "cuda" else []):
+        try:
+            mean = called(proxies, embeddings, labels)
+        except Exception as error:
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise UserError(
+                f"MemVir calls {name} with more classes than it was built with, and it fails ({reason}); let it take "
+                f"their number from `{parameter}`, or keep it as `num_classes`"
+            ) from error
+        if not isinstance(mean, Tensor) or mean.numel() != 1:
+            raise UserError(f"MemVir needs the mean loss, one number; {name} returns {mean!r}")
+        if mean == 0 or not is_mean(proxies, embeddings, labels):
+            return  # of a loss that is 0 or nan here, or draws at random, no more can be said
+        if is_mean(torch.cat([proxies[:rows], -proxies[rows:]]), embeddings, labels):
+            raise UserError(f"MemVir needs a loss over all the proxies that it is given; {name} leaves out those added")
+        swapped = classes.clone()
+        swapped[[0, num_classes]] = swapped[[num_classes, 0]]
+        exchanged = proxies.unflatten(0, (len(classes), -1))[swapped].flatten(0, 1)
+        if not is_mean(exchanged, embeddings, swapped[labels]):
+            raise UserError(
+                f"MemVir needs a loss that takes all classes alike, the proxies of each side by side; {name} does not"
             )
-    except Exception as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(
-            f"MemVir calls {name} with more classes than it was built with, and it fails ({reason}); let it take their "
-            f"number from `{parameter}`, or keep it as `num_classes`"
-        ) from error
-    if not isinstance(mean, Tensor) or mean.numel() != 1:
-        raise UserError(f"MemVir needs the mean loss, one number; {name} returns {mean!r}")
+        twice = called(proxies, embeddings.repeat(2, 1), labels.repeat(2))
+        if torch.allclose(twice, 2 * mean, rtol=1e-4):
+            raise UserError(f"MemVir needs the mean loss; {name} adds up the losses of its embeddings")

@@ -121,7 +121,12 @@ class MemVir(LossWrapper):
             embeddings = embeddings.to(self.dtype)
             if not (self.active and self.num_steps):
                 self._slots_used = 0
-                return self.loss(embeddings, labels)
+                if isinstance(self.loss, ProxyLoss):
+                    return self.loss(embeddings, labels)
+                # not by its own: pytorch-metric-learning's change the type of a parameter to that of the embeddings
+                return call_with(
+                    self.proxies.to(self.dtype), self.num_classes, self.loss, self._parameter, embeddings, labels
+                )
             numbers = self._numbers if self.concatenate else self.loss.numbers
             if self._step and numbers != self._numbers:
                 raise UserError(

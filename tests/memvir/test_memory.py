@@ -350,6 +350,64 @@ def test_a_loss_without_proxies_is_an_error(loss):
         MemVir(loss, 1, 1)
 
 
+class Several(PlainSoftMax):
+    """Two proxies to a class: those of all classes, and then those of all classes again."""
+
+    def __init__(self, num_classes, dim):
+        super().__init__(2 * num_classes, dim)
+        self.num_classes = num_classes
+
+    def forward(self, embeddings, labels):
+        return F.cross_entropy((embeddings @ self.proxies.T).view(-1, 2, self.num_classes).amax(1), labels)
+
+
+class Closed(PlainSoftMax):
+    def forward(self, embeddings, labels):
+        return F.cross_entropy(embeddings @ self.proxies[:4].T, labels % 4)
+
+
+class Sum(PlainSoftMax):
+    def forward(self, embeddings, labels):
+        return F.cross_entropy(embeddings @ self.proxies.T, labels, reduction="sum")
+
+
+@pytest.mark.parametrize(
+    ("loss", "message"),
+    [
+        (Several, "takes all classes alike, the proxies of each side by side; Several does not"),
+        (Closed, "over all the proxies that it is given; Closed leaves out those added"),
+        (Sum, "needs the mean loss; Sum adds up the losses"),
+    ],
+)
+def test_a_loss_that_would_be_another_with_virtual_classes_is_refused(loss, message):
+    with pytest.raises(UserError, match=message):
+        MemVir(loss(4, 6), 2, 0)
+
+
+class WithDropout(PlainSoftMax):
+    def forward(self, embeddings, labels):
+        return F.cross_entropy(embeddings @ F.dropout(self.proxies).T, labels)
+
+
+def test_a_loss_that_draws_at_random_is_taken_and_its_trial_draws_nothing():
+    loss, before = WithDropout(4, 6), torch.get_rng_state()
+    MemVir(loss, 2, 0)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("name", ["SubCenterArcFaceLoss", "SoftTripleLoss"])
+def test_a_number_of_classes_may_be_one_of_numpy(name):
+    assert MemVir(theirs(name, np.int64(4)), 2, 0).num_classes == 4
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_a_loss_of_other_people_keeps_the_type_of_its_parameter(training):
+    memvir = MemVir(pml.ArcFaceLoss(4, 6), 2, 0).half().train(training)
+    for embeddings, labels in batches(4, dtype=torch.float16):
+        memvir(embeddings, labels).backward()
+    assert memvir.loss.W.dtype == memvir.loss.W.grad.dtype == torch.float16
+
+
 def test_under_autocast_a_loss_of_other_people_is_computed_in_float32_before_and_after_the_warm_up():
     torch.manual_seed(0)
     loss = pml.ArcFaceLoss(4, 6)
