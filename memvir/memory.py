@@ -123,15 +123,16 @@ class MemVir(LossWrapper):
                 self._slots_used = 0
                 if isinstance(self.loss, ProxyLoss):
                     return self.loss(embeddings, labels)
-                # not by its own: pytorch-metric-learning's change the type of a parameter to that of the embeddings
+                # pytorch-metric-learning's make their parameter's type that of the embeddings: here only a copy's
                 return call_with(
                     self.proxies.to(self.dtype), self.num_classes, self.loss, self._parameter, embeddings, labels
                 )
             numbers = self._numbers if self.concatenate else self.loss.numbers
             if self._step and numbers != self._numbers:
+                before, now = (", ".join(f"{k}={v}" for k, v in them.items()) for them in (self._numbers, numbers))
                 raise UserError(
-                    f"MemVir's memory holds sums of a loss with {self._numbers}, which has {numbers} now; to change "
-                    "that while it trains, build MemVir with concatenate=True"
+                    f"MemVir's memory holds sums of a loss with {before}, which now has {now}; to change that while it "
+                    "trains, build MemVir with concatenate=True"
                 )
             self._commit()
             self._reserve(len(embeddings), embeddings.device)

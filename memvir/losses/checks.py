@@ -16,12 +16,8 @@ def checked_labels(embeddings: Tensor, labels: Tensor, proxies: Tensor, num_clas
     Shapes, types and devices are always looked at. A label out of range is a UserError on the CPU, and on a GPU an
     assertion on the device, because reading labels would wait for it. On `meta` there are none to look at.
     """
-    if (
-        not torch.is_tensor(embeddings)
-        or not embeddings.is_floating_point()
-        or embeddings.ndim != 2
-        or embeddings.is_sparse
-    ):
+    dense = torch.is_tensor(embeddings) and embeddings.layout == torch.strided
+    if not dense or not embeddings.is_floating_point() or embeddings.ndim != 2:
         raise UserError(f"embeddings must be a tensor (B, D) of floating-point numbers, not {_described(embeddings)}")
     batch_size, dim = embeddings.shape
     if dim != proxies.shape[1]:
@@ -60,7 +56,8 @@ def check_counts(owner: str, least: int = 1, **counts: object) -> None:
 def _described(value: object) -> str:
     if not isinstance(value, Tensor):
         return f"a {type(value).__name__}"
-    return f"{tuple(value.shape)} of {value.dtype}{', sparse' if value.is_sparse else ''}"
+    layout = "" if value.layout == torch.strided else f", {value.layout}"
+    return f"{tuple(value.shape)} of {value.dtype}{layout}"
 
 
 class FiniteRows(torch.autograd.Function):

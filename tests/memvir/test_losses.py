@@ -299,7 +299,7 @@ FOUR = torch.randn(4, 6)
         (FOUR[:, :5], torch.tensor([0, 1, 2, 3]), "embeddings have 5 dimensions, the loss has 6"),
         (FOUR.long(), torch.tensor([0, 1, 2, 3]), r"not \(4, 6\) of torch.int64"),
         (FOUR.cfloat(), torch.tensor([0, 1, 2, 3]), r"not \(4, 6\) of torch.complex64"),
-        (FOUR.to_sparse(), torch.tensor([0, 1, 2, 3]), r"not \(4, 6\) of torch.float32, sparse"),
+        (FOUR.to_sparse(), torch.tensor([0, 1, 2, 3]), r"not \(4, 6\) of torch.float32, torch.sparse_coo"),
         (FOUR.numpy(), torch.tensor([0, 1, 2, 3]), "not a ndarray"),
         (
             FOUR,

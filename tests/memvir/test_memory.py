@@ -734,7 +734,7 @@ def test_a_loss_may_be_changed_while_it_trains_only_where_nothing_was_computed_w
     saved = memvir.state_dict()
     for module in (memvir, MemVir(loss, 2, 0)):
         module.load_state_dict(saved)
-        with pytest.raises(UserError, match=rf"'{number}': 0.4.* has .*'{number}': 0.3.*concatenate=True"):
+        with pytest.raises(UserError, match=rf"{number}=0.4.* now has .*{number}=0.3.*concatenate=True"):
             module(embeddings, labels)
     assert concatenated(embeddings, labels).isfinite()
 
