@@ -59,8 +59,8 @@ def call_with(
 def try_more_classes(loss: nn.Module, parameter: str, num_classes: int) -> None:
     """UserError unless the loss works with twice its classes: it should not fail after hours, at the first that come.
 
-    And unless it is a mean to which all count, each class with the proxies that stand together. Copies of it are
-    called, so that nothing which it counts or draws has counted this.
+    And unless it is a mean over them all, in which the proxies of a class are those side by side. Copies of it are
+    called, and random numbers taken back, so that it does not notice.
     """
     proxies, name = proxies_of(loss, parameter).detach(), type(loss).__name__
     if proxies.is_meta:

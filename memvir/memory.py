@@ -42,7 +42,7 @@ class MemVir(LossWrapper):
         loss: one of `memvir.losses`, or any module with the same forward and a parameter `proxies` (C, D), or `W` or
             `fc` (D, C) as in pytorch-metric-learning. Such a one works unmodified, by concatenation in O(N^2), if it
             takes the number of classes from the parameter's shape or keeps it as `num_classes`, with several proxies
-            to a class too. One call with 2C classes tries that here, on a copy.
+            to a class too, side by side. Calls with 2C classes try that here, on copies.
         num_steps: N, how many past steps become virtual classes; 0 is the plain loss.
         step_gap: M, how many steps are left out between two selected ones.
         storage_dtype: how stored embeddings and proxies are kept: "float32", "bfloat16" or "float64", or torch's;
