@@ -76,7 +76,7 @@ def try_more_classes(loss: nn.Module, parameter: str, num_classes: int) -> None:
     def called(proxies: Tensor, embeddings: Tensor, labels: Tensor) -> Tensor:
         return call_with(proxies, len(classes), copy.deepcopy(loss), parameter, embeddings, labels)
 
-    def is_mean(proxies: Tensor, embeddings: Tensor, labels: Tensor) -> bool:
+    def unchanged(proxies: Tensor, embeddings: Tensor, labels: Tensor) -> bool:
         return torch.allclose(called(proxies, embeddings, labels), mean, rtol=1e-4, atol=1e-5)
 
     with torch.no_grad(), torch.random.fork_rng([device] if device.type == "cuda" else []):
@@ -90,14 +90,14 @@ def try_more_classes(loss: nn.Module, parameter: str, num_classes: int) -> None:
             ) from error
         if not isinstance(mean, Tensor) or mean.numel() != 1:
             raise UserError(f"MemVir needs the mean loss, one number; {name} returns {mean!r}")
-        if mean == 0 or not is_mean(proxies, embeddings, labels):
+        if mean == 0 or not unchanged(proxies, embeddings, labels):
             return  # of a loss that is 0 or nan here, or draws at random, no more can be said
-        if is_mean(torch.cat([proxies[:rows], -proxies[rows:]]), embeddings, labels):
+        if unchanged(torch.cat([proxies[:rows], -proxies[rows:]]), embeddings, labels):
             raise UserError(f"MemVir needs a loss over all the proxies that it is given; {name} leaves out those added")
         swapped = classes.clone()
         swapped[[0, num_classes]] = swapped[[num_classes, 0]]
         exchanged = proxies.unflatten(0, (len(classes), -1))[swapped].flatten(0, 1)
-        if not is_mean(exchanged, embeddings, swapped[labels]):
+        if not unchanged(exchanged, embeddings, swapped[labels]):
             raise UserError(
                 f"MemVir needs a loss that takes all classes alike, the proxies of each side by side; {name} does not"
             )
