@@ -322,7 +322,7 @@ class MemVir(LossWrapper):
         self._slots_used = state["slots_used"]
         self._sizes = [list(sizes) for sizes in state["sizes"]]
         self._pending = dict(state["pending"])
-        self._numbers = dict(state["numbers"])
+        self._numbers = dict(state.get("numbers", self.loss.numbers if isinstance(self.loss, ProxyLoss) else {}))
 
     def _prepare_for(self, state_dict: dict, prefix: str) -> None:
         """Allocates what the state holds, so that a module which has seen no batch yet loads it strictly."""
