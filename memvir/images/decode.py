@@ -11,6 +11,7 @@ A file that cannot be decoded to its last row, holds more than MAX_PIXELS, or wh
 
 import contextlib
 import io
+import stat
 import threading
 import warnings
 from collections.abc import Callable, Iterator
@@ -56,9 +57,11 @@ def decode(
 def read_file(path: Path) -> bytes:
     """The bytes of an image file of acceptable size. Raises UserError naming it."""
     try:
-        size = path.stat().st_size
-        if size > MAX_BYTES:
-            raise UserError(f"{path}: {size:,} bytes is too large for an image; remove it")
+        found = path.stat()
+        if not stat.S_ISREG(found.st_mode):
+            raise UserError(f"{path}: not a file; remove it")  # a pipe would be waited for
+        if found.st_size > MAX_BYTES:
+            raise UserError(f"{path}: {found.st_size:,} bytes is too large for an image; remove it")
         return path.read_bytes()
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror or error}") from None
@@ -182,7 +185,10 @@ def _eight_bit(image: Image.Image, layout: str) -> Image.Image:
     if layout == "RGB;16B" and transparent is not None:
         raise ValueError("a transparent colour of 16 bits a channel is not supported")
     if layout in ("L;2", "L;4") and transparent is not None:  # Pillow scales the pixels to 8 bits, but not this value
+        image = image.copy()  # the caller's stays as it is
         image.info["transparency"] = transparent * (85 if layout == "L;2" else 17)
+    elif not layout and image.mode == "L" and isinstance(transparent, int) and transparent < 16:
+        raise ValueError("whether its transparent shade is of 2, 4 or 8 bits is lost once it is loaded; give its file")
     if image.mode == "La":
         image = image.convert("LA")  # Pillow knows no direct way to RGBA
     if image.has_transparency_data:

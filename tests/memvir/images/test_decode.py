@@ -1,6 +1,7 @@
 """Every image file is read correctly or refused by name."""
 
 import io
+import os
 import struct
 import threading
 import zlib
@@ -15,7 +16,7 @@ from PIL import Image
 
 from memvir.errors import UserError
 from memvir.images import decode as decoding
-from memvir.images.decode import MAX_PIXELS, decode, load
+from memvir.images.decode import MAX_PIXELS, decode, load, standard
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:PIL", "ignore::RuntimeWarning:PIL")
 
@@ -173,6 +174,21 @@ def test_a_transparent_colour_is_white_or_refused_where_pillow_would_confuse_it_
         load(png(1, 1, 16, COLOURS, b"\0" + colour, tRNS=colour), "a.png")
     image = load(png(1, 1, 16, COLOURS, b"\0" + struct.pack(">3H", 257, 514, 65535)), "a.png")
     np.testing.assert_array_equal(np.asarray(image), [[[1, 2, 255]]])
+
+
+def test_what_is_not_a_file_is_refused_and_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "a.png")
+    with pytest.raises(UserError, match=r"a\.png: not a file"):
+        decode(tmp_path / "a.png", "rgb")
+
+
+def test_an_open_image_stays_as_it_is_and_is_refused_once_it_does_not_tell_what_its_file_did() -> None:
+    content = png(2, 1, 4, GREYS, bytes([0, 0x5A]), tRNS=struct.pack(">H", 5))
+    image = Image.open(io.BytesIO(content))
+    assert np.asarray(standard(image, "it")).tolist() == np.asarray(load(content, "it")).tolist()
+    assert image.info["transparency"] == 5
+    with pytest.raises(UserError, match=r"it: .*lost once it is loaded; give its file"):
+        standard(image.copy(), "it")
 
 
 def test_a_palette_of_several_opacities_lies_over_white() -> None:
