@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import FileLock, Timeout
 
 from memvir.errors import UserError
 from memvir.experiment.identity import Identity, differences, short
+from memvir.experiment.lock import locked
 from memvir.files import atomic_write
 
 log = logging.getLogger("memvir")
@@ -54,23 +54,18 @@ class Checkpoint:
         What is being written is written before it is let go. Raises UserError if another process is at work on it.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(self.folder.with_name(f"{self.folder.name}.lock"), timeout=0)
-        try:
-            lock.acquire()
-        except Timeout:
-            raise UserError(f"{lock.lock_file}: another process is training this run; wait for it or stop it") from None
-        try:
-            yield
-            self.flush()
-        except BaseException:
+        with locked(self.folder.with_name(f"{self.folder.name}.lock"), "training this run"):
             try:
+                yield
                 self.flush()
-            except UserError as error:  # what ends the run is another
-                log.warning("warning: %s", error)
-            raise
-        finally:
-            self.writer.shutdown()
-            lock.release()
+            except BaseException:
+                try:
+                    self.flush()
+                except UserError as error:  # what ends the run is another
+                    log.warning("warning: %s", error)
+                raise
+            finally:
+                self.writer.shutdown()
 
     def save(self, state: dict[str, Any]) -> None:
         """Copy `state` and let a thread write it while training goes on, keeping the checkpoint before it.

@@ -6,8 +6,9 @@ side by side, in which order trials end, and how often the search was stopped. N
 
 import contextlib
 import multiprocessing
+import os
 import signal
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
@@ -18,11 +19,12 @@ from optuna.distributions import BaseDistribution, FloatDistribution, IntDistrib
 from optuna.samplers import RandomSampler
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
-from optuna.trial import FrozenTrial, TrialState
+from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from memvir import libraries
 from memvir.errors import UserError
 from memvir.experiment.identity import of_variant, short
+from memvir.experiment.lock import locked
 from memvir.experiment.paths import RunFiles, run_files
 from memvir.experiment.search_space import Choices, Tuning
 from memvir.experiment.settings import Run, Runtime, has_section
@@ -52,29 +54,28 @@ def search(params: Params, dataset: str, variant: str, jobs: int) -> pd.DataFram
     files = run_files(base, params.runtime)
     index = validation_index(read_index(files.index), tuning.validation_share, tuning.seed)
     space = Space(tuning, base)
-    study = open_study(params.runtime.scratch / "tuning" / dataset / variant / f"{space.identity(files)}.log")
+    folder = params.runtime.scratch / "tuning" / dataset / variant
     counter = Counter(f"{dataset}/{variant}", tuning.runs, "trials", style=params.runtime.progress)
-    with counter, processes(jobs, base.training.threads) as pool:
+    lock = locked(folder.with_name(f"{variant}.lock"), "at this search")
+    with lock, counter, processes(jobs, base.training.threads) as pool:
+        study = open_study(folder / f"{space.identity(files)}.log")
 
-        def make_what_is_missing() -> None:
-            runs = {t.number: space.run(t) for t in study.trials if t.state == TrialState.RUNNING}
-            counter.add(len(study.trials) - len(runs) - counter.done)
+        def make_what_is_missing(wanted: Sequence[FrozenTrial]) -> None:
+            by_key = {space.key(trial): trial for trial in wanted}  # two draws may be the same run
+            known = space.known(study)
+            for key, trial in by_key.items():
+                if key not in known:
+                    study.add_trial(trial)  # one line of the journal: it is there, or it is not
+            trials = [trial for key, trial in space.known(study).items() if key in by_key]
+            runs = {trial.number: space.run(trial) for trial in trials if trial.state == TrialState.RUNNING}
+            counter.add(len(wanted) - len(runs))
             for number, value in side_by_side(pool, runs, params.runtime, files, index):
                 study.tell(number, value)
                 counter.add(1, f"MAP {value:.2%}, best {study.best_value:.2%}", now=True)
 
-        for draw in range(len(space.draws(study)), tuning.trials):
-            study.sampler = RandomSampler(seed=tuning.seed * 1_000_003 + draw)
-            study.ask(space.distributions)
-        make_what_is_missing()
-        for draw, trial in space.finalists(study):
-            for seed in tuning.seeds[1:]:
-                content = {"of": draw, "seed": seed}
-                if not any(other.user_attrs == content for other in study.trials):
-                    study.enqueue_trial(trial.params, user_attrs=content)
-                    study.ask(space.distributions)
-        make_what_is_missing()
-    return space.table(study)
+        make_what_is_missing([space.trial(draw, tuning.seeds[0]) for draw in range(tuning.trials)])
+        make_what_is_missing([space.trial(draw, s) for draw in space.finalists(study) for s in tuning.seeds[1:]])
+        return space.table(study)
 
 
 class Space:
@@ -121,18 +122,39 @@ class Space:
         tuning["space"] = {key: what for key, what in tuning["space"].items() if key in self.dimensions}
         return short({**of_variant(run, files.index, "-"), "tuning": tuning})
 
-    def draws(self, study: optuna.Study) -> list[FrozenTrial]:
-        """The trials whose settings were drawn, in this order; the others are finalists under another seed."""
-        return [trial for trial in study.trials if "of" not in trial.user_attrs]
+    def trial(self, draw: int, seed: int) -> FrozenTrial:
+        """One yet to be made, under the settings of a draw: they follow from its number alone."""
+        sampler = RandomSampler(seed=self.tuning.seed * 1_000_003 + draw)
+        drawn = optuna.create_study(sampler=sampler).ask(self.distributions).params
+        return create_trial(
+            state=TrialState.RUNNING, params=drawn, distributions=self.distributions, user_attrs={"seed": seed}
+        )
 
-    def finalists(self, study: optuna.Study) -> list[tuple[int, FrozenTrial]]:
-        draws = list(enumerate(self.draws(study)[: self.tuning.trials]))
-        return sorted(draws, key=lambda it: (-(it[1].value or 0), it[0]))[: self.tuning.finalists]
+    def key(self, trial: FrozenTrial) -> tuple[str, int]:
+        """What a trial is known by, in whatever order they were made: its run."""
+        return str(self.settings(trial.params)), self.seed(trial)
+
+    def known(self, study: optuna.Study) -> dict[tuple[str, int], FrozenTrial]:
+        """The trials that are written down, made or being made.
+
+        Older versions wrote one down key by key: one of which a key is missing was killed on the way and is none.
+        """
+        trials = [trial for trial in study.trials if trial.params.keys() == self.distributions.keys()]
+        trials.sort(key=lambda trial: trial.state == TrialState.COMPLETE)
+        return {self.key(trial): trial for trial in trials}
+
+    def finalists(self, study: optuna.Study) -> list[int]:
+        """The draws with the highest MAP."""
+        known, seed = self.known(study), self.tuning.seeds[0]
+        values = [known[self.key(self.trial(draw, seed))].value or 0 for draw in range(self.tuning.trials)]
+        return sorted(range(len(values)), key=lambda draw: -values[draw])[: self.tuning.finalists]
 
     def table(self, study: optuna.Study) -> pd.DataFrame:
-        finalists = [draw for draw, _ in self.finalists(study)]
-        trials = list(enumerate(self.draws(study)[: self.tuning.trials]))
-        trials += [(of, t) for t in study.trials if (of := t.user_attrs.get("of")) in finalists]
+        known, finalists = self.known(study), self.finalists(study)
+        first, *others = self.tuning.seeds
+        runs = [(draw, first) for draw in range(self.tuning.trials)]
+        runs += [(draw, seed) for draw in finalists for seed in others]
+        trials = [(draw, known[self.key(self.trial(draw, seed))]) for draw, seed in runs]
         rows = [
             {
                 "trial": draw,
@@ -148,10 +170,19 @@ class Space:
 
 
 def open_study(journal: Path) -> optuna.Study:
+    """What is written down; a last line that a kill or a full disk has cut short is dropped.
+
+    Raises UserError, naming the file, if it is no journal.
+    """
     journal.parent.mkdir(parents=True, exist_ok=True)
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    storage = JournalStorage(JournalFileBackend(str(journal)))
-    return optuna.create_study(storage=storage, study_name="search", direction="maximize", load_if_exists=True)
+    if journal.exists():
+        os.truncate(journal, journal.read_bytes().rfind(b"\n") + 1)
+    try:
+        storage = JournalStorage(JournalFileBackend(str(journal)))
+        return optuna.create_study(storage=storage, study_name="search", direction="maximize", load_if_exists=True)
+    except (ValueError, LookupError, TypeError):
+        raise UserError(f"{journal}: damaged; remove it, and the same command makes its trials anew") from None
 
 
 @contextlib.contextmanager

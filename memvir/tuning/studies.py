@@ -10,6 +10,7 @@ import pandas as pd
 
 from memvir.errors import UserError
 from memvir.experiment.identity import of_variant, short
+from memvir.experiment.lock import locked
 from memvir.experiment.paths import RunFiles, run_files
 from memvir.experiment.search_space import Study
 from memvir.experiment.settings import Run, Runtime, has_section
@@ -45,9 +46,10 @@ def make_study(params: Params, dataset: str, name: str, jobs: int) -> pd.DataFra
     folder = params.runtime.scratch / "studies" / dataset
     split = f"{recipe.tuning.validation_share} {recipe.tuning.seed}"
     cells = [(cell, run, _place(folder, run, files, split)) for cell, run in _runs(params, dataset, name, study)]
-    missing = [(run, path) for _, run, path in cells if not path.exists()]
     counter = Counter(f"{dataset}/{name}", len(cells), "runs", style=params.runtime.progress)
-    with counter, processes(jobs, base.training.threads) as pool:
+    lock = locked(folder / f"{name}.lock", "making this study")
+    with lock, counter, processes(jobs, base.training.threads) as pool:
+        missing = [(run, path) for _, run, path in cells if not path.exists()]
         counter.add(len(cells) - len(missing))
         made = [pool.submit(_make, run, params.runtime, files, index, path) for run, path in missing]
         for future in as_completed(made):

@@ -8,9 +8,10 @@ import pandas as pd
 import pytest
 
 from memvir.errors import UserError
+from memvir.experiment.lock import locked
 from memvir.experiment.paths import run_files, trials_file
 from memvir.params import Params, load_params, parse_params
-from memvir.tuning.search import Space, search
+from memvir.tuning.search import Space, open_study, search
 from memvir.tuning.training import validation_map
 from memvir.tuning.validation import validation_index
 from tests import tiny
@@ -77,6 +78,73 @@ def backwards(stop_after, pool, runs, runtime, files, index):
         if done == stop_after:
             raise KeyboardInterrupt
         yield number, validation_map(runs[number], runtime, files, index)
+
+
+def made_up(pool, runs, runtime, files, index):
+    """Stands in for `side_by_side`: what a trial reaches follows from its settings."""
+    for number, run in runs.items():
+        yield number, (run.loss.scale * 7.3 + run.training.optimizer.lr * 911 + run.seed * 0.37) % 1
+
+
+def searched(**changes) -> pd.DataFrame:
+    return search(read(params(**changes)), "tiny", "memvir_norm_softmax", jobs=1)
+
+
+@pytest.fixture
+def journal(without_test_images, monkeypatch):
+    """That of a search which has been made, without any training."""
+    monkeypatch.chdir(without_test_images)
+    monkeypatch.setattr("memvir.tuning.search.side_by_side", made_up)
+    shutil.rmtree("scratch/tuning", ignore_errors=True)
+    searched()
+    (path,) = Path("scratch/tuning/tiny/memvir_norm_softmax").iterdir()
+    return path
+
+
+def test_a_journal_that_is_cut_short_anywhere_goes_on_to_the_same_trials(journal):
+    table, content = searched(), journal.read_bytes()
+    for cut in range(0, len(content), 331):
+        journal.write_bytes(content[:cut])
+        pd.testing.assert_frame_equal(searched(), table)
+    journal.write_bytes(content[:500] + b"{" + content[500:])
+    with pytest.raises(UserError, match=rf"^{journal}: damaged; remove it"):
+        searched()
+
+
+def test_trials_that_an_older_version_wrote_key_by_key_are_known_but_for_one_that_it_did_not_finish(journal):
+    journal.unlink()
+    parsed = read(params())
+    space = Space(parsed.recipe("tiny").tuning, parsed.run("tiny", "memvir_norm_softmax", 101))
+    study = open_study(journal)
+    study.ask({"loss.scale": space.distributions["loss.scale"]})
+    for draw in (1, 0, 1):
+        study.enqueue_trial(space.trial(draw, 101).params)
+        study.ask(space.distributions)
+    study.tell(1, 0.999)
+    draws = searched().query("seed == 101")
+    assert draws["trial"].tolist() == [0, 1, 2] and draws["map"].max() == draws["map"].iloc[1] == 99.9
+
+
+def test_another_order_of_the_space_is_another_search(journal):
+    turned = dict(reversed(TUNING["space"].items()))
+    table = searched(space=turned)
+    shutil.rmtree("scratch/tuning")
+    pd.testing.assert_frame_equal(searched(space=turned), table)
+
+
+def test_a_search_that_another_process_is_at_is_refused_by_one_line(journal):
+    lock = Path("scratch/tuning/tiny/memvir_norm_softmax.lock")
+    with locked(lock, "busy"), pytest.raises(UserError, match=rf"^{lock}: another process is at this search; wait"):
+        searched()
+
+
+def test_what_is_drawn_is_what_the_committed_searches_have_drawn():
+    params = load_params(ROOT / "params.yaml")
+    for path in ROOT.glob("tuning/*/*.csv"):
+        space = Space(params.recipe(path.parent.name).tuning, params.run(path.parent.name, path.stem, 101))
+        for row in pd.read_csv(path).to_dict("records"):
+            drawn = space.settings(space.trial(row["trial"], row["seed"]).params)
+            assert {key: str(row[key]) for key in drawn} == {key: str(value) for key, value in drawn.items()}
 
 
 def test_validation_classes_are_training_classes_drawn_by_the_seed_and_test_rows_are_gone():

@@ -7,6 +7,7 @@ import pytest
 from matplotlib.figure import Figure
 
 from memvir.errors import UserError
+from memvir.experiment.lock import locked
 from memvir.params import parse_params
 from memvir.reporting.studies import draw_study, read_studies
 from memvir.tuning.studies import make_study
@@ -74,6 +75,12 @@ def test_a_study_has_every_combination_and_goes_on_where_it_was_stopped(pool):
     assert pool.count == 10  # nothing was made again
     long = make_study(read, "tiny", "long", jobs=1)
     assert long["epoch"].tolist() == [2, 4, 2, 4]
+
+
+def test_a_study_that_another_process_is_at_is_refused_by_one_line(pool):
+    lock = Path("scratch/studies/tiny/long.lock")
+    with locked(lock, "busy"), pytest.raises(UserError, match=rf"^{lock}: another process is making this study; wait"):
+        make_study(parse_params(content()), "tiny", "long", jobs=1)
 
 
 def test_a_study_that_is_not_there_or_asks_for_what_a_variant_does_not_take_is_one_line(pool):
