@@ -21,7 +21,7 @@ from memvir.commands import Parser
 from memvir.errors import NotMade, UserError
 from memvir.signals import Interrupted, end_with_parent, interrupted, stop_signals
 
-__all__ = ["Parser", "exit_codes", "exit_interrupted", "one_line_errors", "stage"]
+__all__ = ["Parser", "at_once", "exit_codes", "exit_interrupted", "one_line_errors", "stage"]
 
 if sys.argv[0] == "-m" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # `python -m stages.NAME` begins here: a Ctrl-C shows no traceback
@@ -43,12 +43,19 @@ def _path(text: str) -> Path:
         raise argparse.ArgumentTypeError(str(error)) from None
 
 
+def at_once(text: str) -> int:
+    """How many of something run at a time."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected 1 or more, found {text!r}")
+    return int(text)
+
+
 OPTIONS: dict[str, dict[str, Any]] = {
     "dataset": {"required": True, "metavar": "D", "help": "a recipe of params.yaml, such as glyphs"},
     "variant": {"required": True, "metavar": "V", "help": "a variant of the recipe, such as memvir_norm_softmax"},
     "seed": {"required": True, "metavar": "S", "type": int, "help": "the run's seed"},
     "study": {"required": True, "metavar": "NAME", "help": "one of the recipe's studies, such as memory"},
-    "jobs": {"metavar": "N", "type": int, "help": "runs at a time; by default as many as there are cores for"},
+    "jobs": {"metavar": "N", "type": at_once, "help": "runs at a time; by default as many as there are cores for"},
     "model": {
         "metavar": "FILE",
         "type": _path,

@@ -9,18 +9,16 @@ Ctrl-C saves every run; the same command continues. Each run takes the cores and
 
 import argparse
 
-from stages import Parser, exit_codes
+from stages import Parser, at_once, exit_codes
 
 
 def main() -> None:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     where = parser.add_mutually_exclusive_group()
-    where.add_argument("--jobs", type=int, help="stages at a time on this machine; default: as many as fit")
+    where.add_argument("--jobs", type=at_once, help="stages at a time on this machine; default: as many as fit")
     where.add_argument("--address", help="a Ray cluster's address, such as auto or ray-head:6379")
     parser.add_argument("--plan", action="store_true", help="print what is out of date, and stop")
     options = parser.parse_args()
-    if options.jobs is not None and options.jobs < 1:
-        parser.error(f"argument --jobs: {options.jobs} is no number of stages; give 1 or more")
     with exit_codes():
         from memvir.params import load_params  # late: the handlers of signals come first
         from memvir.sweep.plan import open_pipeline

@@ -2,7 +2,7 @@
 
 from typing import Annotated, Any
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from memvir.sections import Count, Name, Section, Seed, suggest
 from memvir.wrappers import WRAPPERS
@@ -16,6 +16,16 @@ OF_THE_STUDY = {
     "training.early_stopping": "off in a study, whose runs go on to the end",
 }
 """What a study sets itself, and how."""
+
+
+def _distinct(value: list[Any]) -> list[Any]:
+    if any(entry in value[:number] for number, entry in enumerate(value)):
+        raise ValueError("an entry is listed twice")
+    return value
+
+
+Values = Annotated[list[Any], Field(min_length=1), AfterValidator(_distinct)]
+Seeds = Annotated[list[Seed], Field(min_length=1), AfterValidator(_distinct)]
 
 
 class Range(Section):
@@ -43,7 +53,7 @@ class Tuning(Section):
     """Settings that are tried for each variant, the same number for every one."""
     finalists: Count
     """The best of them, tried again under all `seeds`."""
-    seeds: Annotated[list[Seed], Field(min_length=1)]
+    seeds: Seeds
     """Of the runs; trials are made under the first. None of them should be a seed of the tables."""
     validation_share: Annotated[float, Field(gt=0, lt=1)]
     """Of the training classes, how many validate; drawn once, the same for all variants."""
@@ -67,10 +77,10 @@ class Study(Section):
     """Runs on the validation classes of `tuning`, every combination of some settings. Changing it re-trains nothing."""
 
     variants: Annotated[list[Name], Field(min_length=1)]
-    over: dict[str, Annotated[list[Any], Field(min_length=1)]]
+    over: dict[str, Values]
     """Keys of a variant -> their values, of two keys at most several; those of a section that it does not have are
     left out."""
-    seeds: Annotated[list[Seed], Field(min_length=1)]
+    seeds: Seeds
     check_epoch: Count | None = None
     """Evaluate every so many epochs; null: after the last one alone."""
 

@@ -18,12 +18,14 @@ from tests.forked import forked
         ((), "the following arguments are required: --seed"),
         (("--seed", "one"), "argument --seed: invalid int value: 'one'"),
         (("--seed", "1", "--model", " "), "argument --model: expected a path, found ' '"),
+        (("--seed", "1", "--jobs", "0"), "argument --jobs: expected 1 or more, found '0'"),
+        (("--seed", "1", "--jobs", "-1"), "argument --jobs: expected 1 or more, found '-1'"),
         (("--seed", "1", "--colour", "red"), "unrecognized arguments: --colour red"),
     ],
 )
 def test_a_wrong_option_is_one_line_and_exit_code_2(monkeypatch, capsys, arguments, message):
     @stage
-    def main(params, seed, model):
+    def main(params, seed, model, jobs):
         raise AssertionError("not reached")
 
     monkeypatch.setattr(sys, "argv", ["stage", *arguments])

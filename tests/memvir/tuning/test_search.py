@@ -194,6 +194,7 @@ def test_writing_the_choice_into_params_starts_no_new_search(without_test_images
         ({"space": {"scale": {"low": 1.0, "high": 2.0}}}, "tiny.tuning.space: scale is no key of a variant"),
         ({"space": {"loss.scale": {"low": 2.0, "high": 1.0}}}, "low must be below high"),
         ({"trials": 0}, "tiny.tuning.trials"),
+        ({"seeds": [101, 102, 101]}, "tiny.tuning.seeds: an entry is listed twice"),
     ],
 )
 def test_a_search_that_makes_no_sense_is_refused_by_its_key(changes, message):

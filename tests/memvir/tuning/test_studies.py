@@ -113,6 +113,8 @@ def test_a_study_that_is_not_there_or_asks_for_what_a_variant_does_not_take_is_o
             {"over": {"loss.scale": [1.0, 2.0], "memvir.num_steps": [1, 2]}, "variants": ["norm_softmax"]},
             r"over: none of norm_softmax has memvir",
         ),
+        ({"seeds": [1, 1]}, r"seeds: an entry is listed twice"),
+        ({"over": {"training.lr_decay.epochs": [[1], [2], [1]]}}, r"over.*lr_decay.epochs.*: an entry is listed twice"),
         ({"variants": ["nothing"]}, r"'nothing' is not a variant of tiny"),
     ],
 )
