@@ -10,7 +10,7 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
 from memvir.errors import UserError
-from memvir.experiment.paths import result_file
+from memvir.experiment.paths import result_file, trials_file
 from memvir.experiment.settings import (
     TSNE_VARIANT,
     Recipe,
@@ -86,7 +86,8 @@ class Params(Section):
         from memvir.reporting.aggregation import read_experiment
 
         file, settings = functools.partial(result_file, dataset), functools.partial(self.settings_of, dataset)
-        return read_experiment(self.recipe(dataset), self.variants, self.seeds, file, settings)
+        searches = functools.partial(trials_file, dataset)
+        return read_experiment(self.recipe(dataset), self.variants, self.seeds, file, settings, searches)
 
 
 SECTIONS = ("datasets", "variants", "seeds", "runtime", "reporting")

@@ -65,7 +65,13 @@ class Tuning(Section):
     @property
     def runs(self) -> int:
         """For each variant."""
-        return self.trials + min(self.finalists, self.trials) * (len(self.seeds) - 1)
+        return sum(self.size.values())
+
+    @property
+    def size(self) -> dict[int, int]:
+        """seed -> how many settings are tried under it."""
+        first, *others = self.seeds
+        return {first: self.trials, **dict.fromkeys(others, min(self.finalists, self.trials))}
 
     @field_validator("space")
     @classmethod
@@ -76,7 +82,7 @@ class Tuning(Section):
 class Study(Section):
     """Runs on the validation classes of `tuning`, every combination of some settings. Changing it re-trains nothing."""
 
-    variants: Annotated[list[Name], Field(min_length=1)]
+    variants: Annotated[list[Name], Field(min_length=1), AfterValidator(_distinct)]
     over: dict[str, Values]
     """Keys of a variant -> their values, of two keys at most several; those of a section that it does not have are
     left out."""

@@ -50,10 +50,14 @@ def read_experiment(
     seeds: Sequence[int],
     result_file: Callable[[str, int], Path],
     settings: Callable[[str], Mapping[str, Any]],
+    trials_file: Callable[[str], Path] | None = None,
 ) -> Experiment:
     """Read and aggregate the results of a recipe's variants, those that have the variant's present `settings`.
 
     Raises UserError if there is not one.
+
+    Args:
+        trials_file: where the searches are whose sizes `checks` compare; without it they are not.
     """
     files = {(v, seed): result_file(v, seed) for v in variants for seed in seeds}
     found = results.read_results(files)
@@ -63,7 +67,9 @@ def read_experiment(
     if not found:
         raise NotMade(f"{files[stale[0]].parent.parent}: all results are of other settings than params.yaml has now")
     lines = results.mark_plain(results.table_lines(recipe, variants), found)
-    checks = results.check_runs(found, lines, seeds, stale)
+    searched = {v: path for v in variants if trials_file and (path := trials_file(v)).exists()}
+    sizes = {variant: results.search_size(pd.read_csv(path)) for variant, path in searched.items()}
+    checks = results.check_runs(found, lines, seeds, stale, sizes)
     values, space = results.run_values(found, lines, seeds), results.space_values(found, lines, seeds)
     shown = None if space["value"].isna().all() else summarise(space, lines)
     before = results.untrained_values(found, seeds)

@@ -222,10 +222,34 @@ class Check:
     text: str
 
 
+SearchSize = dict[int, int]
+"""seed -> how many settings a search tried under it."""
+
+
+def search_size(trials: pd.DataFrame) -> SearchSize:
+    """Of a search, from its table."""
+    return trials.groupby("seed")["trial"].nunique().to_dict()
+
+
+def in_words(size: SearchSize) -> str:
+    first = max(size, key=lambda seed: size[seed])
+    again = [f", {tried} also under seed {seed}" for seed, tried in size.items() if seed != first]
+    return f"{size[first]} under seed {first}{''.join(again)}"
+
+
 def check_runs(
-    results: Results, lines: Sequence[Line], seeds: Sequence[int], left_out: Sequence[tuple[str, int]] = ()
+    results: Results,
+    lines: Sequence[Line],
+    seeds: Sequence[int],
+    left_out: Sequence[tuple[str, int]] = (),
+    searches: Mapping[str, SearchSize] | None = None,
 ) -> list[Check]:
-    """What a reader wants to know before believing a comparison, as sentences; `left_out`: of other settings."""
+    """What a reader wants to know before believing a comparison, as sentences.
+
+    Args:
+        left_out: runs whose results are of other settings.
+        searches: variant -> the size of the search for its settings, of those that there are.
+    """
     expected = len(lines) * len(seeds)
     missing = [f"{line.variant}/{seed}" for line in lines for seed in seeds if (line.variant, seed) not in results]
     checks = [
@@ -236,7 +260,7 @@ def check_runs(
     if left_out:
         runs = ", ".join(f"{variant}/{seed}" for variant, seed in left_out)
         checks.append(Check(False, f"Left out, as they were run with other settings than params.yaml has now: {runs}."))
-    checks.append(_check_origins(lines))
+    checks.append(_check_origins(lines, searches or {}))
     if len(seeds) < 2:
         checks.append(Check(False, "One seed only: nothing here tells chance from effect."))
     mixed = [
@@ -283,9 +307,13 @@ def _training(content: Mapping[str, Any]) -> dict[str, Any]:
     return content.get("made_by", {}).get("training", {}).get("environment", {})
 
 
-def _check_origins(lines: Sequence[Line]) -> Check:
+def _check_origins(lines: Sequence[Line], searches: Mapping[str, SearchSize]) -> Check:
     """Whether both sides of every comparison were given the same chance."""
     origins = {line.origin for line in lines}
+    sizes = {line.title: searches[line.variant] for line in lines if line.variant in searches}
+    if origins == {"tuned"} and any(size != next(iter(sizes.values())) for size in sizes.values()):
+        tried = "; ".join(f"{title}: {in_words(size)}" for title, size in sizes.items())
+        return Check(False, f"The lines were not searched alike, which a Diff. may be due to; settings tried: {tried}.")
     if origins == {"tuned"}:
         return Check(True, "Tuned on both sides: the settings of every line come from a search of the same size.")
     if origins == {"published"}:

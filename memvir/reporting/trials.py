@@ -11,7 +11,7 @@ from matplotlib.ticker import FormatStrFormatter, LogLocator, NullFormatter
 from memvir.experiment.search_space import Choices, Range, Tuning
 from memvir.experiment.settings import Recipe
 from memvir.reporting.figures import COLOURS, house_style, new_figure, save_figure
-from memvir.reporting.results import Line
+from memvir.reporting.results import Line, SearchSize, in_words, search_size
 from memvir.reporting.tables import Table
 
 Trials = Mapping[str, pd.DataFrame]
@@ -23,19 +23,64 @@ NO_SEARCH = "No search was made for these: see `origin` of each variant in param
 
 
 def read_trials(files: Mapping[str, Path]) -> dict[str, pd.DataFrame]:
-    """The tables that there are."""
-    return {variant: pd.read_csv(path) for variant, path in files.items() if path.exists()}
+    """The tables that there are, settings as text."""
+    types = {"trial": int, "seed": int, "map": float}
+    tables = {
+        variant: pd.read_csv(path, dtype=str, keep_default_na=False).astype(types)
+        for variant, path in files.items()
+        if path.exists()
+    }
+    return {variant: table.assign(chosen=table["chosen"] == "True") for variant, table in tables.items()}
 
 
-def protocol(tuning: Tuning, epochs: int) -> str:
-    """How the search went, in a paragraph."""
+def protocol(tuning: Tuning, epochs: int, sizes: Mapping[str, SearchSize]) -> str:
+    """How the searches went, title -> size, in a paragraph."""
+    size = next(iter(sizes.values()))
+    if all(other == size for other in sizes.values()):
+        first, *others = sorted(size, key=lambda seed: -size[seed])
+        head, seed = f"For each line alike, {size[first]} settings", f", seed {first},"
+        again = f"best {size[others[0]]}" if others else ""
+        under = f"seeds {', '.join(map(str, others))}"
+    else:
+        tried = "; ".join(f"{title}: {in_words(size)}" for title, size in sizes.items())
+        head, seed = f"The lines were not searched alike (settings tried: {tried}). They", ""
+        again, under = "best", "the other seeds"
+    chosen = f"The {again} were trained again under {under}, and that with" if again else "That with"
     return (
-        f"For each line alike, {tuning.trials} settings were drawn at random and trained for {epochs} epochs on "
-        f"{1 - tuning.validation_share:.0%} of the training classes, seed {tuning.seeds[0]}, and judged by MAP on the "
-        f"other training classes after the last epoch. The best {tuning.finalists} were trained again under seeds "
-        f"{', '.join(map(str, tuning.seeds[1:]))}, and that with the highest mean was chosen. No trial was cut short, "
-        "and none has seen an image of a test class. A control has no search of its own."
+        f"{head} were drawn at random and trained for {epochs} epochs on {1 - tuning.validation_share:.0%} of the "
+        f"training classes{seed} and judged by MAP on the other training classes after the last epoch. {chosen} the "
+        "highest mean was chosen. No trial was cut short, and none has seen an image of a test class. A control has no "
+        "search of its own."
     )
+
+
+def changed(tuning: Tuning, trials: Trials) -> list[str]:
+    """Keys of `tuning` that are not those of these searches any more, as far as their tables tell."""
+    resized = any(search_size(table) != tuning.size for table in trials.values())
+    keys = dict.fromkeys(key for table in trials.values() for key in table if key not in RUN)
+    return [
+        *(["trials, finalists or seeds"] if resized else []),
+        *(f"space.{key}" for key in keys if not _holds(tuning.space.get(key), _values(trials, key))),
+    ]
+
+
+def _values(trials: Trials, key: str) -> list[str]:
+    """Those of a setting, as they come."""
+    return list(dict.fromkeys(value for table in trials.values() if key in table for value in table[key]))
+
+
+def _holds(what: Range | Choices | None, values: Sequence[str]) -> bool:
+    """Whether all values may have been drawn there."""
+    if isinstance(what, Choices):
+        return set(values) <= set(map(str, what.choices))
+    if what is None or not _numbers(values):
+        return False
+    low, high = (float(f"{bound:.3g}") for bound in (what.low, what.high))  # as what is drawn is rounded
+    return all(low <= float(value) <= high for value in values)
+
+
+def _numbers(values: Sequence[str]) -> bool:
+    return bool(pd.to_numeric(pd.Series(values), errors="coerce").notna().all())
 
 
 @dataclass(frozen=True)
@@ -49,20 +94,34 @@ def describe(recipe: Recipe, lines: Sequence[Line], file: Callable[[str], Path])
     found = read_trials({line.variant: file(line.variant) for line in lines})
     if recipe.tuning is None or not found:
         return None
-    text = protocol(recipe.tuning, recipe.training.epochs)
+    sizes = {line.title: search_size(found[line.variant]) for line in lines if line.variant in found}
+    text = protocol(recipe.tuning, recipe.training.epochs, sizes)
+    if keys := changed(recipe.tuning, found):
+        text += (
+            f" params.yaml has changed since: tuning.{', '.join(keys)}; epochs and shares may be others too. "
+            "`python -m stages.tune` makes a search as it is there now."
+        )
     return Search(text, [choice_table(found, lines), space_table(recipe.tuning, found)])
 
 
 def space_table(tuning: Tuning, trials: Trials) -> Table:
     """What was drawn from, as far as these searches had it."""
-    rows = [
-        [key, f"{what.low:g} to {what.high:g}{', on a logarithmic scale' if what.log else ''}"]
-        if isinstance(what, Range)
-        else [key, " or ".join(map(str, what.choices))]
-        for key, what in tuning.space.items()
-        if any(key in table for table in trials.values())
-    ]
+    rows = [[key, _drawn_from(tuning.space.get(key), _values(trials, key))] for key in _keys(tuning, trials)]
     return Table("What was searched", ["Setting", "Values"], rows, left=2)
+
+
+def _keys(tuning: Tuning, trials: Trials) -> list[str]:
+    """The settings that were drawn, in the order of `tuning`."""
+    keys = [*tuning.space, *(key for table in trials.values() for key in table)]
+    return [key for key in dict.fromkeys(keys) if key not in RUN and _values(trials, key)]
+
+
+def _drawn_from(what: Range | Choices | None, values: Sequence[str]) -> str:
+    if what is None or not _holds(what, values):
+        return "others than in params.yaml now"
+    if isinstance(what, Range):
+        return f"{what.low:g} to {what.high:g}{', on a logarithmic scale' if what.log else ''}"
+    return " or ".join(map(str, what.choices))
 
 
 def choice_table(trials: Trials, lines: Sequence[Line]) -> Table:
@@ -82,19 +141,19 @@ def choice_table(trials: Trials, lines: Sequence[Line]) -> Table:
 
 
 def _cell(rows: pd.DataFrame, key: str) -> str:
-    return str(rows[key].iloc[0]) if key in rows else "–"
+    return rows[key].iloc[0] if key in rows else "–"
 
 
 def draw_trials(tuning: Tuning, trials: Trials, lines: Sequence[Line], stem: Path) -> None:
     """A panel for each setting: every trial as a point, its validation MAP over what was drawn, the choice ringed."""
     shown = [line for line in lines if line.variant in trials]
-    keys = [key for key in tuning.space if any(key in trials[line.variant] for line in shown)]
+    keys = _keys(tuning, trials)
     height = -(-len(keys) // COLUMNS)
     with house_style():
         figure = new_figure(3.4 * COLUMNS, 2.6 * height + 0.5)
         panels = list(figure.subplots(height, COLUMNS, sharey=True, squeeze=False).flat)
         for panel, key in zip(panels, keys, strict=False):
-            _draw_panel(panel, key, tuning.space[key], trials, shown)
+            _draw_panel(panel, key, tuning.space.get(key), trials, shown)
         for panel in panels[len(keys) :]:
             panel.axis("off")
         figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper center", ncols=len(shown))
@@ -102,14 +161,17 @@ def draw_trials(tuning: Tuning, trials: Trials, lines: Sequence[Line], stem: Pat
         save_figure(figure, stem)
 
 
-def _draw_panel(panel: Axes, key: str, what: Range | Choices, trials: Trials, shown: Sequence[Line]) -> None:
-    choices = [str(choice) for choice in what.choices] if isinstance(what, Choices) else []
+def _draw_panel(panel: Axes, key: str, what: Range | Choices | None, trials: Trials, shown: Sequence[Line]) -> None:
+    values, choices = _values(trials, key), []
+    if isinstance(what, Choices) or not _numbers(values):
+        declared = [str(choice) for choice in what.choices] if isinstance(what, Choices) else []
+        choices = list(dict.fromkeys([*declared, *values]))
     for number, line in enumerate(shown):
         table = trials[line.variant]
         if key not in table:
             continue
         beside = 0.16 * (number - (len(shown) - 1) / 2)
-        places = table[key].map(lambda value: choices.index(str(value))) + beside if choices else table[key]
+        places = table[key].map(choices.index) + beside if choices else table[key].astype(float)
         colour = COLOURS[number % len(COLOURS)]
         panel.plot(places, table["map"], "o", color=colour, markersize=3, alpha=0.5, label=line.title)
         panel.plot(

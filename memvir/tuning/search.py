@@ -159,7 +159,7 @@ class Space:
             {
                 "trial": draw,
                 "seed": self.seed(trial),
-                **self.settings(trial.params),
+                **{key: str(value) for key, value in self.settings(trial.params).items()},
                 "map": round(100 * (trial.value or 0), 2),
             }
             for draw, trial in trials
