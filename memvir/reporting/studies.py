@@ -7,6 +7,7 @@ from pathlib import Path
 import pandas as pd
 from matplotlib.axes import Axes
 
+from memvir.errors import UserError
 from memvir.experiment.search_space import Study
 from memvir.experiment.settings import Recipe
 from memvir.reporting.figures import house_style, line_styles, new_figure, save_figure
@@ -22,18 +23,44 @@ class Made:
 
     name: str
     study: Study
+    """As it is declared; what was made may be older."""
     lines: list[Line]
     table: pd.DataFrame
     """As `memvir.tuning.studies` gives it."""
+    epochs: Mapping[str, int]
+    """variant -> those of its runs where the study sets none."""
+
+    @property
+    def settings(self) -> list[str]:
+        return [key for key in self.table if "." in key]
 
     @property
     def axes(self) -> list[str]:
         """The settings that it varies."""
-        return self.study.varied
+        return [key for key in self.settings if len(self.values(key)) > 1]
 
     def values(self, key: str) -> list[str]:
-        """Those of a setting, in the order in which they are declared, as the table has them."""
-        return [str(value) for value in self.study.over[key]]
+        """Those of a setting: as they are declared, or as they were made if others were."""
+        made = list(self.table[key].dropna().unique())
+        declared = [str(value) for value in self.study.over.get(key, [])]
+        return declared if set(made) <= set(declared) else made
+
+    @property
+    def changed(self) -> list[str]:
+        """What differs between the study as it is declared and what was made."""
+        over = dict.fromkeys([*self.study.over, *self.settings])
+        same = {
+            "variants": set(self.study.variants) == set(self.table["variant"]),
+            "seeds": set(self.study.seeds) == set(self.table["seed"]),
+            **{f"over.{key}": self._made(key) == set(map(str, self.study.over.get(key, []))) for key in over},
+        }
+        last = self.table.groupby("variant")["epoch"].max()
+        if "training.epochs" not in over:
+            same["training.epochs"] = all(last[line.variant] == self.epochs[line.variant] for line in self.lines)
+        return [key for key, is_same in same.items() if not is_same]
+
+    def _made(self, key: str) -> set[str]:
+        return set(self.table[key].dropna()) if key in self.table else set()
 
     @property
     def last(self) -> pd.DataFrame:
@@ -45,28 +72,36 @@ class Made:
 
     @property
     def caption(self) -> str:
-        seeds = len(self.study.seeds)
-        fixed = [f"{key} {values[0]}" for key, values in self.study.over.items() if len(values) == 1]
+        seeds = self.table["seed"].nunique()
+        fixed = [f"{key} {values[0]}" for key in self.settings if len(values := self.values(key)) == 1]
         shown = "validation classes" if self.axes else "validation classes and on those that train"
+        changed = (
+            f" Not as params.yaml has it now: {', '.join(self.changed)}; what is not there has diverged or was not "
+            f"made, and `python -m stages.study --study {self.name}` makes all of it."
+        )
         return (
             f"MAP on {shown}; validation classes are cut from the training classes as in the search for settings; "
             f"mean of {seeds} seed{'s' if seeds > 1 else ''}, ± one sample standard deviation. All else as in the "
-            f"tables{', but for ' + ' and '.join(fixed) if fixed else ''}."
+            f"tables{', but for ' + ' and '.join(fixed) if fixed else ''}.{changed if self.changed else ''}"
         )
 
 
 def read_studies(recipe: Recipe, file: Callable[[str], Path]) -> list[Made]:
-    """The studies that have been made."""
-    return [
-        Made(
-            name,
-            study,
-            table_lines(recipe, study.variants),
-            pd.read_csv(file(name), dtype=dict.fromkeys(study.over, str), na_values="", keep_default_na=False),
+    """The studies that have been made. Raises UserError if the recipe has a variant of one no more."""
+    return [_read(recipe, name, study, file(name)) for name, study in recipe.studies.items() if file(name).exists()]
+
+
+def _read(recipe: Recipe, name: str, study: Study, path: Path) -> Made:
+    settings = [key for key in pd.read_csv(path, nrows=0) if "." in key]
+    table = pd.read_csv(path, dtype=dict.fromkeys(settings, str), na_values="", keep_default_na=False)
+    made = list(table["variant"].unique())
+    variants = [*(v for v in study.variants if v in made), *(v for v in made if v not in study.variants)]
+    if gone := [variant for variant in variants if variant not in recipe.variants]:
+        raise UserError(
+            f"{path}: made with {', '.join(gone)}, which the recipe does not have; remove it or make it anew"
         )
-        for name, study in recipe.studies.items()
-        if file(name).exists()
-    ]
+    epochs = {v: recipe.variants[v].training.get("epochs", recipe.training.epochs) for v in variants}
+    return Made(name, study, table_lines(recipe, variants), table, epochs)
 
 
 def draw_study(made: Made, stem: Path) -> None:

@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from memvir.errors import UserError
 from memvir.experiment.lock import locked
 from memvir.params import parse_params
-from memvir.reporting.studies import draw_study, read_studies
+from memvir.reporting.studies import Made, draw_study, read_studies
 from memvir.tuning.studies import make_study
 from tests.memvir.reporting.test_figures import files_of
 from tests.memvir.tuning.test_search import params
@@ -142,7 +142,7 @@ def test_studies_that_were_made_are_drawn_the_same_every_time(tmp_path):
     )
     memory = pd.concat([plain, memory.astype({"memvir.num_steps": object, "memvir.step_gap": object})])
     (tmp_path / "memory.csv").write_text(memory.to_csv(index=False))
-    long = pd.concat([plain.assign(epoch=epoch, map=10.0 * epoch) for epoch in (1, 2, 3)])
+    long = pd.concat([plain.assign(epoch=epoch, map=10.0 * epoch, **{"training.epochs": 4}) for epoch in (1, 2, 3)])
     (tmp_path / "long.csv").write_text(long.to_csv(index=False))
     recipe = parse_params(content()).recipe("tiny")
     made = read_studies(recipe, lambda name: tmp_path / f"{name}.csv")
@@ -156,6 +156,51 @@ def test_studies_that_were_made_are_drawn_the_same_every_time(tmp_path):
         for study in made:
             draw_study(study, tmp_path / folder / study.name)
     assert files_of(tmp_path / "a") == files_of(tmp_path / "b") and len(files_of(tmp_path / "a")) == 4
+
+
+def older(folder: Path, over: dict) -> Made:
+    """A study over num_steps 1 and 2, of two seeds and 3 epochs, that is declared otherwise by now."""
+    grid = [("memvir_norm_softmax", steps, seed, 3, 40.0 + steps + seed) for steps in (1, 2) for seed in (1, 2)]
+    table = pd.DataFrame(grid, columns=["variant", "memvir.num_steps", "seed", "epoch", "map"])
+    table.to_csv(folder / "old.csv", index=False)
+    later = content()
+    study = {"variants": ["memvir_norm_softmax"], "over": over, "seeds": [1, 2, 3]}
+    later["tiny"]["studies"] = {"old": study}
+    (made,) = read_studies(parse_params(later).recipe("tiny"), lambda name: folder / f"{name}.csv")
+    return made
+
+
+@pytest.mark.parametrize(
+    ("over", "changed", "values"),
+    [
+        ({"memvir.num_steps": [1, 2]}, ["seeds"], ["1", "2"]),
+        ({"memvir.num_steps": [1, 2, 4]}, ["seeds", "over.memvir.num_steps"], ["1", "2", "4"]),
+        ({"memvir.num_steps": [2, 4, 8]}, ["seeds", "over.memvir.num_steps"], ["1", "2"]),
+        ({"loss.scale": [5.0, 9.0]}, ["seeds", "over.loss.scale", "over.memvir.num_steps"], ["1", "2"]),
+        (
+            {"memvir.num_steps": [1, 2], "training.epochs": [400]},
+            ["seeds", "over.training.epochs"],
+            ["1", "2"],
+        ),
+    ],
+)
+def test_a_study_that_was_made_under_other_settings_is_drawn_as_it_was_made_and_says_so(
+    over, changed, values, tmp_path
+):
+    made = older(tmp_path, over)
+    assert made.changed == changed and made.axes == ["memvir.num_steps"]
+    assert made.values("memvir.num_steps") == values
+    assert "mean of 2 seeds" in made.caption and "400" not in made.caption
+    assert f"Not as params.yaml has it now: {', '.join(changed)}; " in made.caption
+    draw_study(made, tmp_path / "old")
+
+
+def test_a_study_with_a_variant_that_is_gone_is_one_line(tmp_path):
+    older(tmp_path, {"memvir.num_steps": [1, 2]})
+    table = pd.read_csv(tmp_path / "old.csv").assign(variant="gone")
+    table.to_csv(tmp_path / "memory.csv", index=False)
+    with pytest.raises(UserError, match=r"memory\.csv: made with gone, which the recipe does not have; remove it or"):
+        read_studies(parse_params(content()).recipe("tiny"), lambda name: tmp_path / f"{name}.csv")
 
 
 @pytest.mark.parametrize(
