@@ -232,6 +232,7 @@ def search_size(trials: pd.DataFrame) -> SearchSize:
 
 
 def in_words(size: SearchSize) -> str:
+    """Such as "30 under seed 101, 3 also under seed 102"."""
     first = max(size, key=lambda seed: size[seed])
     again = [f", {tried} also under seed {seed}" for seed, tried in size.items() if seed != first]
     return f"{size[first]} under seed {first}{''.join(again)}"

@@ -57,11 +57,11 @@ def protocol(tuning: Tuning, epochs: int, sizes: Mapping[str, SearchSize]) -> st
 def changed(tuning: Tuning, trials: Trials) -> list[str]:
     """Keys of `tuning` that are not those of these searches any more, as far as their tables tell."""
     resized = any(search_size(table) != tuning.size for table in trials.values())
-    keys = dict.fromkeys(key for table in trials.values() for key in table if key not in RUN)
-    return [
-        *(["trials, finalists or seeds"] if resized else []),
-        *(f"space.{key}" for key in keys if not _holds(tuning.space.get(key), _values(trials, key))),
-    ]
+    drawn = dict.fromkeys(key for table in trials.values() for key in table if key not in RUN)
+    others = [key for key in drawn if not _holds(tuning.space.get(key), _values(trials, key))]
+    of_every_line = [key for key in tuning.space if key.startswith(("loss.", "training."))]
+    new = [key for key in of_every_line if any(key not in table for table in trials.values())]
+    return [*(["trials, finalists or seeds"] if resized else []), *(f"space.{key}" for key in [*others, *new])]
 
 
 def _values(trials: Trials, key: str) -> list[str]:

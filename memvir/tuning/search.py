@@ -170,12 +170,13 @@ class Space:
 
 
 def open_study(journal: Path) -> optuna.Study:
-    """What is written down; a last line that a kill or a full disk has cut short is dropped.
+    """What is written down, for who holds the search's lock; a last line that a kill or a full disk has cut is dropped.
 
     Raises UserError, naming the file, if it is no journal.
     """
     journal.parent.mkdir(parents=True, exist_ok=True)
     optuna.logging.set_verbosity(optuna.logging.WARNING)
+    Path(f"{journal}.lock").unlink(missing_ok=True)  # optuna's own, which would wait 30 seconds for who was killed
     if journal.exists():
         os.truncate(journal, journal.read_bytes().rfind(b"\n") + 1)
     try:

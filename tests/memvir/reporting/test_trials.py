@@ -14,8 +14,9 @@ VARIANTS = ["norm_softmax", "memvir_norm_softmax"]
 @pytest.fixture
 def file(tmp_path):
     """Of tables such as TUNING makes."""
-    runs = pd.DataFrame({"trial": [0, 0, 1, 1, 2], "seed": [101, 102, 101, 102, 101]})
-    table = runs.assign(**{"loss.scale": 7.5, "training.lr_decay.epochs": "[1]", "map": 50.0, "chosen": False})
+    runs = pd.DataFrame({"trial": [0, 0, 1, 1, 2], "seed": [101, 102, 101, 102, 101], "map": 50.0, "chosen": False})
+    drawn = {"loss.scale": 7.5, "training.optimizer.lr": 0.001, "training.lr_decay.epochs": "[1]"}
+    table = runs.assign(**drawn)
     table.loc[table["trial"] == 1, "chosen"] = True
     for variant in VARIANTS:
         extra = {"memvir.num_steps": 2} if variant.startswith("memvir") else {}
@@ -56,6 +57,11 @@ def test_a_space_that_has_changed_is_named_and_the_trials_are_drawn_all_the_same
     assert dict(search.tables[1].rows)[key] == "others than in params.yaml now"
     without = {name: what for name, what in TUNING["space"].items() if name != key}
     assert f"params.yaml has changed since: tuning.space.{key}; " in described(file, space=without).text
+
+
+def test_a_key_that_has_come_to_the_space_is_named(file):
+    space = {**TUNING["space"], "training.optimizer.eps": {"low": 1e-8, "high": 1e-4}}
+    assert "changed since: tuning.space.training.optimizer.eps; " in described(file, space=space).text
 
 
 def test_lines_of_searches_of_different_sizes_are_not_called_alike(file):
