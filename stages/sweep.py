@@ -8,8 +8,11 @@ Ctrl-C saves every run; the same command continues. Each run takes the cores and
 """
 
 import argparse
+from pathlib import Path
 
 from stages import Parser, at_once, exit_codes
+
+LOCK = Path(".dvc") / "tmp" / "sweep.lock"
 
 
 def main() -> None:
@@ -20,7 +23,8 @@ def main() -> None:
     parser.add_argument("--plan", action="store_true", help="print what is out of date, and stop")
     options = parser.parse_args()
     with exit_codes():
-        from memvir.params import load_params  # late: the handlers of signals come first
+        from memvir.experiment.lock import locked  # late: the handlers of signals come first
+        from memvir.params import load_params
         from memvir.sweep.plan import open_pipeline
         from memvir.sweep.run import Sweep, open_executor
 
@@ -32,7 +36,8 @@ def main() -> None:
                 for name, after in out_of_date.items():
                     print(name, *(["after", *after] if after else []))
             else:
-                Sweep(pipeline, params, lambda: open_executor(params, options.jobs, options.address)).run()
+                with locked(LOCK, "at a sweep of this folder"):
+                    Sweep(pipeline, params, lambda: open_executor(params, options.jobs, options.address)).run()
 
 
 if __name__ == "__main__":

@@ -162,6 +162,15 @@ def test_when_dvc_is_told_to_stop_the_run_at_work_saves_and_ends(finished, tmp_p
     repro.communicate()
 
 
+def test_a_second_sweep_says_that_another_is_at_work(finished):
+    with FileLock(finished.folder / ".dvc" / "tmp" / "sweep.lock"):
+        outcome = finished.run("stages.sweep")
+    assert outcome.returncode == 1
+    assert outcome.stdout.splitlines()[-1] == (
+        "error: .dvc/tmp/sweep.lock: another process is at a sweep of this folder; wait for it or stop it"
+    )
+
+
 def test_what_fails_is_named_and_the_rest_is_done(finished, tmp_path):
     project = finished.untrained_copy(tmp_path / "project")
     in_the_way = project.folder / "scratch" / "checkpoints" / "tiny" / "memvir_norm_softmax"
