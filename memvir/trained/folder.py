@@ -17,7 +17,7 @@ from memvir.errors import UserError
 from memvir.files import atomic_write, file_hash
 from memvir.images.archives import Folder
 from memvir.progress import Counter
-from memvir.trained.model import BATCH_SIZE, TrainedModel
+from memvir.trained.model import BATCH_SIZE, TrainedModel, usable_device
 
 log = logging.getLogger("memvir")
 
@@ -80,6 +80,7 @@ def embed_folder(
     Raises:
         UnreadablePictures: names them all, after the others are embedded.
     """
+    target = usable_device(device)  # before there is a part
     names, others = pictures_in(folder)
     if others:
         more = f" and {len(others) - 1:,} more" if len(others) > 1 else ""
@@ -90,7 +91,7 @@ def embed_folder(
 
     def embed(rows: Sequence[int]) -> Iterator[np.ndarray]:
         """Embed these pictures, a batch of their embeddings after the other."""
-        for embeddings, unreadable in model.embed_batches([paths[row] for row in rows], batch_size, device):
+        for embeddings, unreadable in model.embed_batches([paths[row] for row in rows], batch_size, target):
             batch, rows = rows[: len(embeddings)], rows[len(embeddings) :]
             values[list(batch)] = embeddings
             reasons.update({names[batch[place]]: str(error) for place, error in unreadable.items()})
@@ -181,7 +182,7 @@ def _continue(part: BinaryIO, key: bytes, values: np.ndarray, batch_size: int) -
         rows = len(found) // values[0].nbytes
         if rows < len(values):
             rows -= rows % batch_size
-        values[:rows] = found[: rows * values[0].nbytes].view(np.float32).reshape(rows, -1)
+        values[:rows] = found[: rows * values[0].nbytes].view(np.float32).reshape(rows, values.shape[1])
         part.truncate(len(key) + rows * values[0].nbytes)
     else:
         part.truncate(0)

@@ -87,7 +87,7 @@ class TrainedModel:
 
         Args:
             pictures: one or many; an array (n, H, W) or (n, H, W, 3), or a tensor (n, C, H, W), is many.
-            device: where the network runs, and stays; default: the first GPU if there is one, else the CPU.
+            device: where the network runs, and stays, in eval mode; default: the first GPU if there is one, or the CPU.
             progress: show how far it is.
 
         Raises:
@@ -112,7 +112,7 @@ class TrainedModel:
         """
         if batch_size < 1:
             raise UserError(f"batch_size: {batch_size} is none; give 1 or more")
-        self.embedder.to(target := _device(device))
+        self.embedder.to(target := usable_device(device)).eval()
         with ThreadPoolExecutor(available_cores()) as pool:
 
             def decoding(start: int) -> list[Future[np.ndarray | Tensor]]:
@@ -241,13 +241,19 @@ def _as_list(pictures: Picture | Iterable[Picture]) -> Sequence[Picture]:
     raise UserError(f"{type(pictures).__name__} is no picture; give a path, a PIL image, an array, a tensor, or many")
 
 
-def _device(name: str | torch.device | None) -> torch.device:
+def usable_device(name: str | torch.device | None) -> torch.device:
+    """The device of that name; without one, the first GPU, or the CPU. Raises UserError if nothing can run on it."""
     try:
-        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
-    except RuntimeError:
+        device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name is None else name)
+    except (RuntimeError, TypeError):
         raise UserError(f"device: {name!r} is none that torch knows; use cpu, cuda or cuda:1") from None
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise UserError(f"device: {device} asked for, but torch sees {torch.cuda.device_count()} GPUs; use cpu")
+    try:
+        torch.zeros(1, device=device).tolist()
+    except Exception as error:  # each kind of device has its own
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0].partition(". ")[0]
+        raise UserError(f"device: nothing can run on {device} ({reason}); use cpu, cuda or cuda:1") from None
     return device
 
 

@@ -139,6 +139,20 @@ def test_an_interrupted_folder_goes_on_to_the_same_bytes(model, folder, tmp_path
     assert np.array_equal(continued.values, whole.values)
 
 
+@pytest.mark.parametrize("size", [0, 20, 32, 36, 100])
+def test_a_part_that_holds_no_batch_is_begun_again(model, folder, tmp_path, size):
+    part = tmp_path / "part"
+    whole = embed_folder(model, folder, part=part)
+    os.truncate(part, size)
+    assert np.array_equal(embed_folder(model, folder, part=part).values, whole.values)
+
+
+def test_a_wrong_device_leaves_no_part(model, folder, tmp_path):
+    with pytest.raises(UserError, match="device: 'gpu' is none that torch knows"):
+        embed_folder(model, folder, device="gpu", part=tmp_path / "part")
+    assert not (tmp_path / "part").exists()
+
+
 def test_what_is_embedded_stays_when_pictures_are_unreadable(model, folder, tmp_path, decoded):
     part = tmp_path / "part"
     spoil(folder, "class_0/2.png")

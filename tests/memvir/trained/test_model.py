@@ -140,11 +140,27 @@ def test_a_file_that_is_no_picture_is_named(model, pictures, tmp_path):
         ({"batch_size": 0}, "batch_size: 0 is none"),
         ({"device": "gpu"}, "device: 'gpu' is none that torch knows"),
         ({"device": "cuda:99"}, "device: cuda:99 asked for, but torch sees"),
+        ({"device": []}, r"device: \[\] is none that torch knows"),
     ],
 )
 def test_an_impossible_option_is_named(model, pictures, options, message):
     with pytest.raises(UserError, match=message):
         model.embed(pictures, **options)
+
+
+@pytest.mark.parametrize("device", ["meta", "xla"])
+def test_a_device_that_nothing_runs_on_leaves_the_model_as_it_was(model, pictures, device):
+    expected = model.embed(pictures)
+    with pytest.raises(UserError, match=rf"device: nothing can run on {device} \(.*\); use cpu"):
+        model.embed(pictures, device=device)
+    assert np.array_equal(model.embed(pictures), expected)
+
+
+def test_a_network_that_someone_put_into_training_mode_embeds_the_same(tmp_path, pictures):
+    model = load_model(make_model(tmp_path / "model.safetensors", channels="rgb", backbone="resnet18", size=64))
+    expected = model.embed(pictures)
+    model.embedder.train()
+    assert np.array_equal(model.embed(pictures), expected)
 
 
 def test_a_search_finds_the_most_similar_first(model, pictures):
