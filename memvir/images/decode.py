@@ -58,13 +58,13 @@ def read_file(path: Path) -> bytes:
     """The bytes of an image file of acceptable size. Raises UserError naming it."""
     try:
         found = path.stat()
-        if not stat.S_ISREG(found.st_mode):
-            raise UserError(f"{path}: not a file; remove it")  # a pipe would be waited for
-        if found.st_size > MAX_BYTES:
-            raise UserError(f"{path}: {found.st_size:,} bytes is too large for an image; remove it")
-        return path.read_bytes()
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror or error}") from None
+        if stat.S_ISREG(found.st_mode) and found.st_size <= MAX_BYTES:
+            return path.read_bytes()
+    except (OSError, ValueError) as error:  # ValueError: no system has files of such a name
+        raise UserError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
+    if not stat.S_ISREG(found.st_mode):
+        raise UserError(f"{path}: not a file; remove it")  # a pipe would be waited for
+    raise UserError(f"{path}: {found.st_size:,} bytes is too large for an image; remove it")
 
 
 def load(content: bytes, name: str) -> Image.Image:
