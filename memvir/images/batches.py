@@ -78,8 +78,8 @@ class Normalise:
 
     def __init__(self, images: PixelRange, device: torch.device) -> None:
         self.scale = images.value_range / 255
-        self.mean = torch.tensor(images.mean, device=device).view(1, -1, 1, 1)
-        self.std = torch.tensor(images.std, device=device).view(1, -1, 1, 1)
+        self.mean = torch.tensor(images.mean, dtype=torch.float32, device=device).view(1, -1, 1, 1)
+        self.std = torch.tensor(images.std, dtype=torch.float32, device=device).view(1, -1, 1, 1)
 
     def __call__(self, pixels: Tensor) -> Tensor:
         return (pixels.float() * self.scale - self.mean) / self.std

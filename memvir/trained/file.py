@@ -111,7 +111,7 @@ class ModelFile:
             raise UserError(
                 f"{self.path}: its weights are not those of its architecture ({reason[:300]}); get the file again"
             ) from None
-        return embedder.eval()
+        return embedder.float().eval()  # whatever torch's default type is
 
 
 def pack(weights: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> bytes:

@@ -2,8 +2,10 @@
 
 import os
 import re
+import threading
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from numbers import Integral
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -21,11 +23,15 @@ from memvir.images.pixels import resize_and_crop
 from memvir.libraries import available_cores
 from memvir.models.embedder import PRECISIONS, embed_batch
 from memvir.progress import Counter
+from memvir.retrieval.arguments import whole_number
 from memvir.trained.file import ModelFile, find, read
 
 Picture: TypeAlias = str | os.PathLike[str] | Image.Image | np.ndarray | Tensor
 """A file; a PIL image; uint8 pixels, an array (H, W) or (H, W, 3) in RGB, or a tensor (3, H, W) or (1, H, W); or a
 float tensor (C, S, S), which is taken as `TrainedModel.transform` made it."""
+
+LOADING = [threading.Lock() for _ in range(64)]
+"""A PIL image takes one by its place in memory, since it cannot be loaded by two threads when it is given twice."""
 
 BATCH_SIZE = 256  # as the evaluation's: other batches may differ in the last bit
 
@@ -41,7 +47,9 @@ def load_model(source: str | os.PathLike[str], sha256: str | None = None) -> "Tr
     Raises:
         UserError: there is no such model, it is damaged or of a newer format, or another file than `sha256` says.
     """
-    if sha256 is not None and not re.fullmatch(r"[0-9a-f]{8,64}", sha256 := sha256.lower()):
+    if not isinstance(source, str | os.PathLike):
+        raise UserError(f"source: {source!r} is no path; give a model file, the folder of a finished run or an address")
+    if sha256 is not None and not re.fullmatch(r"[0-9a-f]{8,64}", sha256 := str(sha256).lower()):
         raise UserError(f"sha256: {sha256!r} is none; give 8 to 64 hexadecimal digits, as sha256sum prints them")
     if re.match(r"https?://", str(source)):
         return TrainedModel(read(_download(str(source), sha256)))
@@ -86,7 +94,7 @@ class TrainedModel:
         `memvir.libraries.prepare` set up for as many threads (other kernels round otherwise).
 
         Args:
-            pictures: one or many; an array (n, H, W) or (n, H, W, 3), or a tensor (n, C, H, W), is many.
+            pictures: one or many; an array (n, H, W), n not 3, or (n, H, W, 3), or a tensor (n, C, H, W), is many.
             device: where the network runs, and stays, in eval mode; default: the first GPU if there is one, or the CPU.
             progress: show how far it is.
 
@@ -110,8 +118,8 @@ class TrainedModel:
 
         The next batch is decoded while the network is at work.
         """
-        if batch_size < 1:
-            raise UserError(f"batch_size: {batch_size} is none; give 1 or more")
+        if not isinstance(batch_size, Integral) or batch_size < 1:
+            raise UserError(f"batch_size: {batch_size!r} is none; give a whole number from 1")
         self.embedder.to(target := usable_device(device)).eval()
         with ThreadPoolExecutor(available_cores()) as pool:
 
@@ -159,11 +167,12 @@ class TrainedModel:
             queries, gallery: pictures, as `embed` takes them, or embeddings (n, D) as it gives them.
 
         Raises:
-            UserError: k is more than the gallery holds, embeddings have another dimension, or what `embed` raises.
+            UserError: k is none or beyond the gallery, embeddings have another dimension, or what `embed` raises.
         """
         options: dict[str, Any] = {"batch_size": batch_size, "device": device, "progress": progress}
+        k = whole_number(k, "k")
         found = self._embeddings(gallery, "gallery", options)
-        if not 1 <= k <= len(found):
+        if k > len(found):
             raise UserError(f"k: {k} pictures asked for, and the gallery holds {len(found)}; use a k within that")
         return retrieval.nearest_neighbours(found, k, query=self._embeddings(queries, "queries", options))
 
@@ -174,6 +183,11 @@ class TrainedModel:
         if is_float and values.ndim == 2:
             self.check_dimension(values.shape[1], what)
             return values
+        if isinstance(values, np.ndarray | Tensor) and values.shape[1:] == (self.dim,):
+            raise UserError(
+                f"{what}: {values.dtype} of shape {tuple(values.shape)} may be embeddings or a picture; give "
+                "embeddings as floats, a picture in a list"
+            )
         return self.embed(values, **options)
 
     def check_dimension(self, dim: int, what: str) -> None:
@@ -201,7 +215,9 @@ class TrainedModel:
                 )
             picture = Image.fromarray(np.ascontiguousarray(picture)) if picture.size else Image.new("L", (0, 0))
         if isinstance(picture, Image.Image):
-            whole = decode.pixels(decode.standard(picture, name), settings.channels)
+            with LOADING[id(picture) // 64 % len(LOADING)]:
+                upright = decode.standard(picture, name)
+            whole = decode.pixels(upright, settings.channels)
         elif isinstance(picture, str | os.PathLike):
             whole = decode.decode(Path(picture), settings.channels)
         else:
@@ -233,12 +249,30 @@ def _as_list(pictures: Picture | Iterable[Picture]) -> Sequence[Picture]:
     if isinstance(pictures, str | os.PathLike | Image.Image):
         return [pictures]
     if isinstance(pictures, np.ndarray | Tensor):
-        colour = pictures.shape[-1:] == (3,) if isinstance(pictures, np.ndarray) else True
-        one = pictures.ndim < 3 or (pictures.ndim == 3 and colour)
-        return [pictures] if one else list(pictures)
+        if pictures.ndim != 3 or isinstance(pictures, Tensor) or pictures.shape[2] == 3:
+            return [pictures] if pictures.ndim < 4 else list(pictures)
+        if pictures.shape[2] in (1, 2, 4) or pictures.shape[0] == 3:
+            raise UserError(
+                f"an array of shape {pictures.shape} may be one picture or many; give one as (H, W) or (H, W, 3), many "
+                "as a list or (n, H, W, 3)"
+            )
+        return list(pictures)
+    if isinstance(pictures, Iterator):
+        return [_drawn(picture, f"pictures[{number}]") for number, picture in enumerate(pictures)]
     if isinstance(pictures, Iterable):
         return list(pictures)
     raise UserError(f"{type(pictures).__name__} is no picture; give a path, a PIL image, an array, a tensor, or many")
+
+
+def _drawn(picture: Picture, name: str) -> Picture:
+    """What an iterator gives, as it is now: it may hand out one object again and again, with other pixels."""
+    if isinstance(picture, np.ndarray | Tensor):
+        return picture.copy() if isinstance(picture, np.ndarray) else picture.clone()
+    if isinstance(picture, Image.Image) and (
+        getattr(picture, "is_animated", False) or not getattr(picture, "tile", None)
+    ):
+        return np.asarray(decode.standard(picture, name))
+    return picture
 
 
 def usable_device(name: str | torch.device | None) -> torch.device:

@@ -5,7 +5,7 @@ import hashlib
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageSequence
 
 from memvir import load_model, retrieval
 from memvir.errors import UserError
@@ -94,7 +94,61 @@ def test_grey_pictures_serve_a_colour_model_and_colour_ones_a_grey_model(model, 
     assert np.array_equal(model.embed([grey]), model.embed([np.repeat(grey[..., None], 3, axis=2)]))
     grey_model = load_model(make_model(tmp_path / "grey.safetensors"))
     assert np.array_equal(grey_model.embed(torch.from_numpy(grey)[None]), grey_model.embed([grey]))
-    assert grey_model.embed(np.zeros((4, 16, 16), np.uint8)).shape == (4, 8)
+    for count in (1, 2, 4, 5):
+        assert grey_model.embed(np.zeros((count, 16, 16), np.uint8)).shape == (count, 8)
+
+
+@pytest.mark.parametrize("shape", [(20, 24, 1), (20, 24, 2), (20, 24, 4), (3, 20, 24)])
+def test_an_array_that_may_be_one_picture_or_many_is_refused(model, shape):
+    with pytest.raises(UserError, match=r"an array of shape \(.*\) may be one picture or many; give one as \(H, W\)"):
+        model.embed(np.zeros(shape, np.uint8))
+
+
+def frames_of_one_file(folder):
+    random = np.random.default_rng(0)
+    frames = [Image.fromarray(random.integers(0, 256, (16, 16)).astype(np.uint8)) for _ in range(3)]
+    frames[0].save(folder / "a.gif", save_all=True, append_images=frames[1:])
+    with Image.open(folder / "a.gif") as image:
+        yield from ImageSequence.Iterator(image)
+
+
+def one_canvas(folder):
+    canvas = Image.new("RGB", (16, 16))
+    for side in (4, 8, 12):
+        canvas.paste((side * 20, 200, 0), (0, 0, side, 8))
+        yield canvas
+
+
+def one_array(folder):
+    array = np.zeros((16, 16), np.uint8)
+    for row in range(3):
+        array[row * 4] = 200
+        yield array
+
+
+@pytest.mark.parametrize("pictures", [frames_of_one_file, one_canvas, one_array])
+def test_a_picture_that_its_iterator_changes_is_taken_as_it_was_handed_out(model, tmp_path, pictures):
+    expected = model.embed([picture.copy() for picture in pictures(tmp_path)])
+    assert len(np.unique(expected, axis=0)) == 3
+    assert np.array_equal(model.embed(pictures(tmp_path)), expected)
+
+
+def test_an_opened_image_may_come_many_times_in_one_call(model, tmp_path):
+    Image.effect_noise((1000, 1000), 50).save(tmp_path / "large.png")
+    for _ in range(3):
+        found = model.embed([Image.open(tmp_path / "large.png")] * 20, batch_size=7)
+        np.testing.assert_allclose(found, np.repeat(found[:1], 20, axis=0), atol=1e-6)
+
+
+@pytest.mark.parametrize("when", ["before loading", "after loading"])
+def test_the_default_type_of_torch_changes_no_embedding(model, tmp_path, pictures, when):
+    expected = model.embed(pictures)
+    torch.set_default_dtype(torch.float64)
+    try:
+        model = load_model(tmp_path / "model.safetensors") if when == "before loading" else model
+        assert np.array_equal(model.embed(pictures), expected)
+    finally:
+        torch.set_default_dtype(torch.float32)
 
 
 def test_the_transform_is_the_crop_normalised(tmp_path):
@@ -120,6 +174,7 @@ def test_none_are_no_rows(model):
         ([torch.zeros(5, 4, 4, dtype=torch.uint8)], r"pictures\[0\]: an array of uint8 and shape \(4, 4, 5\)"),
         ([None], r"pictures\[0\]: NoneType is no picture"),
         (7, "int is no picture"),
+        ("a\0b.png", "a\0b.png: cannot be read: embedded null byte"),
         ("none.jpg", r"none\.jpg: cannot be read: No such file"),
     ],
 )
@@ -137,7 +192,7 @@ def test_a_file_that_is_no_picture_is_named(model, pictures, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"batch_size": 0}, "batch_size: 0 is none"),
+        *(({"batch_size": size}, f"batch_size: {size!r} is none") for size in (0, 2.5, "8", None)),
         ({"device": "gpu"}, "device: 'gpu' is none that torch knows"),
         ({"device": "cuda:99"}, "device: cuda:99 asked for, but torch sees"),
         ({"device": []}, r"device: \[\] is none that torch knows"),
@@ -177,6 +232,11 @@ def test_a_search_names_what_does_not_fit(model, pictures):
     gallery = model.embed(pictures)
     with pytest.raises(UserError, match="k: 7 pictures asked for, and the gallery holds 6"):
         model.search(pictures[0], gallery, k=7)
+    for k in ("3", None, 2.5, 0):
+        with pytest.raises(UserError, match=f"k: {k!r} is not a number of neighbours"):
+            model.search(pictures[0], gallery, k=k)
+    with pytest.raises(UserError, match=r"gallery: uint8 of shape \(6, 8\) may be embeddings or a picture"):
+        model.search(pictures[0], gallery.astype(np.uint8))
     with pytest.raises(
         UserError, match=r"gallery: embeddings of 7 dimensions, but those of tiny/norm_softmax/1 have 8"
     ):
@@ -188,6 +248,12 @@ def test_a_search_names_what_does_not_fit(model, pictures):
 
 
 # --- where a model comes from ---
+
+
+@pytest.mark.parametrize("source", [None, 5, b"model.safetensors"])
+def test_what_is_no_path_to_a_model_is_named(source):
+    with pytest.raises(UserError, match=r"source: .* is no path; give a model file"):
+        load_model(source)
 
 
 def test_a_model_is_loaded_from_an_address_once(server, tmp_path, monkeypatch):
@@ -215,6 +281,6 @@ def test_a_file_with_another_sha256_is_refused(tmp_path):
     assert load_model(path, sha256=hashlib.sha256(path.read_bytes()).hexdigest()[:8])
     with pytest.raises(UserError, match=r"model\.safetensors: its sha256 is [0-9a-f]{16}\.\.\., expected 0{16}"):
         load_model(path, sha256="0" * 64)
-    for no_digest in ("", "0" * 7, "g" * 64):
+    for no_digest in ("", "0" * 7, "g" * 64, 5, b"0" * 8):
         with pytest.raises(UserError, match=r"sha256: .* is none; give 8 to 64 hexadecimal digits"):
             load_model(path, sha256=no_digest)
