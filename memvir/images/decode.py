@@ -175,7 +175,7 @@ def _eight_bit(image: Image.Image, layout: str) -> Image.Image:
     if image.mode == "I" and image.format != "PPM":  # there Pillow means 16 bits by it
         raise ValueError("32-bit pixels have no agreed range")
     if image.mode.startswith("I"):
-        most = 4095 if layout == "I;12" else 65535
+        most = 4095 if 12 in tags.get(BITS, ()) else 65535
         table = ((np.arange(most + 1) * 255 + most // 2) // most).astype(np.uint8)
         if tags.get(PHOTOMETRIC) == WHITE_IS_ZERO:  # Pillow turns it round for 8 bits only
             table = table[::-1].copy()
@@ -187,7 +187,7 @@ def _eight_bit(image: Image.Image, layout: str) -> Image.Image:
     if layout in ("L;2", "L;4") and transparent is not None:  # Pillow scales the pixels to 8 bits, but not this value
         image = image.copy()  # the caller's stays as it is
         image.info["transparency"] = transparent * (85 if layout == "L;2" else 17)
-    elif not layout and image.mode == "L" and isinstance(transparent, int) and transparent < 16:
+    elif not layout and image.mode == "L" and transparent in range(1, 16) and not (np.asarray(image) % 17).any():
         raise ValueError("whether its transparent shade is of 2, 4 or 8 bits is lost once it is loaded; give its file")
     if image.mode == "La":
         image = image.convert("LA")  # Pillow knows no direct way to RGBA
@@ -197,7 +197,7 @@ def _eight_bit(image: Image.Image, layout: str) -> Image.Image:
     return image.convert("L" if image.mode in ("L", "1") else "RGB")
 
 
-SAMPLE_FORMAT, PHOTOMETRIC, WHITE_IS_ZERO = 339, 262, 0
+BITS, SAMPLE_FORMAT, PHOTOMETRIC, WHITE_IS_ZERO = 258, 339, 262, 0
 
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,

@@ -191,6 +191,13 @@ def test_an_open_image_stays_as_it_is_and_is_refused_once_it_does_not_tell_what_
         standard(image.copy(), "it")
 
 
+@pytest.mark.parametrize("transparent", [0, 7])
+def test_a_loaded_image_of_eight_bits_tells_its_transparent_grey(transparent: int) -> None:
+    content = png(3, 1, 8, GREYS, bytes([0, 0, 7, 8]), tRNS=struct.pack(">H", transparent))
+    expected = [255 if value == transparent else value for value in (0, 7, 8)]
+    assert np.asarray(standard(Image.open(io.BytesIO(content)).copy(), "it").convert("L")).tolist() == [expected]
+
+
 def test_a_palette_of_several_opacities_lies_over_white() -> None:
     colours = [[0, 0, 0], [0, 100, 200], [10, 20, 30]]
     content = png(4, 1, 2, PALETTE, bytes([0, 0b00011010]), PLTE=np.uint8(colours).tobytes(), tRNS=bytes([0, 51]))
@@ -231,9 +238,11 @@ def test_sixteen_bits_with_white_at_zero_are_turned_round() -> None:
 
 
 def test_twelve_bits_are_scaled_by_their_own_range() -> None:
-    packed = bytes([0xFF, 0xF8, 0x00, 0x00, 0x07, 0x00])  # 4095, 2048, 0, 1792
-    image = load(tiff(packed, bits=12), "a.tif")
-    np.testing.assert_array_equal(np.asarray(image), [np.rint(np.array([4095, 2048, 0, 1792]) / 4095 * 255)])
+    content = tiff(bytes([0xFF, 0xF8, 0x00, 0x00, 0x07, 0x00]), bits=12)  # 4095, 2048, 0, 1792
+    loaded = Image.open(io.BytesIO(content))
+    loaded.load()
+    for image in (load(content, "a.tif"), standard(loaded, "a.tif")):
+        np.testing.assert_array_equal(np.asarray(image), [np.rint(np.array([4095, 2048, 0, 1792]) / 4095 * 255)])
 
 
 @pytest.mark.parametrize("extra", [1, 2])
