@@ -3,6 +3,7 @@
 import argparse
 import json
 import logging
+import os
 import signal
 import sys
 from collections.abc import Sequence
@@ -12,11 +13,13 @@ from typing import TYPE_CHECKING, Any
 from memvir import __version__, libraries
 from memvir.commands import Parser, one_line_errors
 from memvir.errors import UserError
-from memvir.files import write_json, write_text
+from memvir.files import extendable, write_json, write_text
 
 if TYPE_CHECKING:
     from memvir.trained import TrainedModel
     from memvir.trained.folder import Embeddings
+
+log = logging.getLogger("memvir")
 
 TOP = 10
 RECALL_AT = (1, 2, 4, 8)
@@ -41,8 +44,9 @@ def embed(options: argparse.Namespace) -> None:
     """Write the embeddings of a folder's pictures, and their names, as an .npz."""
     from memvir.trained.folder import write_embeddings
 
-    model, out = _load(options), _with_suffix(options.out, ".npz")
-    part = out.with_name(f".{out.name}.rows")  # not .part, which is what atomic_write makes
+    out = _target(options, "out", ".npz")
+    model = _load(options)
+    part = out.with_name(f".{extendable(out.name)}.rows")  # not .part, which is what atomic_write makes
     part.parent.mkdir(parents=True, exist_ok=True)
     embeddings = _embed_folder(options, model, options.folder, batch_size=options.batch_size, part=part)
     write_embeddings(out, embeddings, model)
@@ -52,9 +56,10 @@ def embed(options: argparse.Namespace) -> None:
 
 def search(options: argparse.Namespace) -> None:
     """Find the pictures of a folder that are most like a picture, or like each one of another folder."""
-    from memvir.trained.folder import pictures_in, read_embeddings
+    from memvir.trained.folder import folder_state, pictures_in, read_embeddings
     from memvir.trained.page import Found, Query, legible, render_page
 
+    page = _target(options, "page", ".html") if options.page is not None else None
     if options.embeddings is None:
         _check_top(options, len(pictures_in(options.folder)[0]))  # before the work of embedding them
     model = _load(options)
@@ -73,6 +78,10 @@ def search(options: argparse.Namespace) -> None:
                 f"{options.embeddings}: of its {_count(len(gallery.names))}, {options.folder} lacks {len(missing)} "
                 f"({legible(missing[0])}); give the folder that it was made of, or run `memvir embed` again"
             )
+        if gallery.state not in ("", folder_state(options.folder, pictures_in(options.folder)[0])):
+            log.warning(
+                "%s: pictures of %s have changed since; run `memvir embed` again", options.embeddings, options.folder
+            )
     pictures = len(gallery.names)
     _check_top(options, pictures)  # those that could be read
     top = options.top or min(TOP, pictures)
@@ -84,14 +93,16 @@ def search(options: argparse.Namespace) -> None:
             Found(options.folder / gallery.names[index], gallery.names[index], similarity)
             for similarity, index in zip(row, indices, strict=True)
         ]
-        answers.append(Query(query, [item for item in found if not item.path.samefile(query)][:top]))
+        place = query.resolve()  # rather than the file: a folder may hold several links to it
+        itself = next((item for item in found if item.path.resolve() == place), None)
+        answers.append(Query(query, [item for item in found if item is not itself][:top]))
     for answer in answers:
         print(answer.shown_name)
         for rank, item in enumerate(answer.found, 1):
             print(f"{rank:6d}  {item.shown_similarity:>6}  {item.shown_name}")
-    if options.page is not None:
-        write_text(options.page, render_page(answers, model.name, options.folder, pictures))
-        print(f"{legible(str(options.page))}: the same with the pictures")
+    if page is not None:
+        write_text(page, render_page(answers, model.name, options.folder, pictures))
+        print(f"{legible(str(page))}: the same with the pictures")
 
 
 def _check_top(options: argparse.Namespace, pictures: int) -> None:
@@ -107,6 +118,7 @@ def evaluate(options: argparse.Namespace) -> None:
     from memvir.trained.card import metric_name
     from memvir.trained.folder import pictures_in
 
+    out = _target(options, "out", ".json") if options.out is not None else None
     for name in pictures_in(options.folder)[0]:  # before the work of embedding them
         if "/" not in name:
             raise UserError(
@@ -120,17 +132,18 @@ def evaluate(options: argparse.Namespace) -> None:
     print(f"{model.name} on {_count(len(classes))} of {len(set(classes))} classes")
     for key, value in metrics.items():
         print(f"{metric_name(key):12} {100 * value:6.2f} %")
-    if options.out is not None:  # last: what cannot be written has been said
-        write_json(options.out, metrics)
+    if out is not None:  # last: what cannot be written has been said
+        write_json(out, metrics)
 
 
 def export(options: argparse.Namespace) -> None:
     """Write the network as ONNX, compared with torch first; its input is what `preprocessing` in the metadata says."""
     from memvir.trained.onnx import export_onnx
 
+    path = _target(options, "onnx", ".onnx")
     model = _load(options)
-    difference = export_onnx(model, options.onnx)
-    print(f"{options.onnx}: as torch to {difference:.1e}, for any batch size")
+    difference = export_onnx(model, path)
+    print(f"{path}: as torch to {difference:.1e}, for any batch size")
     print(f"preprocessing: {json.dumps(model.metadata['preprocessing'])}")
 
 
@@ -213,9 +226,17 @@ def _embed_folder(options: argparse.Namespace, model: "TrainedModel", folder: Pa
         raise UserError(str(error) + ("" if skip else ", or leave them out with --skip-unreadable")) from None
 
 
-def _with_suffix(path: Path, suffix: str) -> Path:
+def _target(options: argparse.Namespace, option: str, suffix: str) -> Path:
+    """The file that an option says to write: of that suffix, and none that the command reads."""
+    path: Path = getattr(options, option)
     if path.suffix != suffix:
-        raise UserError(f"--out: {path} does not end in {suffix}, which is what it becomes; call it {path}{suffix}")
+        raise UserError(
+            f"--{option}: {path} does not end in {suffix}, which is what it becomes; call it {path}{suffix}"
+        )
+    for name in ("model", "query", "embeddings"):
+        source = getattr(options, name, None)
+        if source is not None and path.exists() and os.path.exists(source) and path.samefile(source):
+            raise UserError(f"--{option}: {path} is the {name} itself; write to another file")
     return path
 
 

@@ -43,6 +43,8 @@ class Embeddings:
 
     names: list[str]
     values: np.ndarray
+    state: str = ""
+    """What `folder_state` gave before; empty if that is not known."""
 
 
 def pictures_in(folder: Path) -> tuple[list[str], list[str]]:
@@ -59,6 +61,18 @@ def pictures_in(folder: Path) -> tuple[list[str], list[str]]:
     if not names:
         raise UserError(f"{folder}: holds no pictures; give the folder that does")
     return names, others
+
+
+def folder_state(folder: Path, names: Sequence[str]) -> str:
+    """A digest of the names, sizes and times of a folder's pictures: another once one is changed, added or removed."""
+    digest = hashlib.sha256()
+    for name in names:
+        state = "gone"
+        with contextlib.suppress(OSError):
+            found = (folder / name).stat()
+            state = f"{found.st_size} {found.st_mtime_ns}"
+        digest.update(f"\0{name}\0{state}".encode(errors="surrogateescape"))
+    return digest.hexdigest()
 
 
 def embed_folder(
@@ -82,6 +96,7 @@ def embed_folder(
     """
     target = usable_device(device)  # before there is a part
     names, others = pictures_in(folder)
+    state = folder_state(folder, names)
     if others:
         more = f" and {len(others) - 1:,} more" if len(others) > 1 else ""
         log.info("%s: left out, being no pictures by their names: %s%s", folder, others[0], more)
@@ -100,7 +115,7 @@ def embed_folder(
     with contextlib.nullcontext() if part is None else part.open("a+b") as file:
         start = 0
         if file is not None:
-            start = _continue(file, _key(model, folder, names, batch_size), values, batch_size)
+            start = _continue(file, _key(model, state, batch_size), values, batch_size)
         if start:
             log.info("%s: continuing after %d of %d pictures", folder, start, len(names))
         with Counter("embedding", len(names), "images", start) as counter:
@@ -116,11 +131,11 @@ def embed_folder(
     if reasons and (not skip_unreadable or len(reasons) == len(names)):
         raise UnreadablePictures(folder, reasons, len(names))
     kept = [row for row, name in enumerate(names) if name not in reasons]
-    return Embeddings([names[row] for row in kept], values[kept])
+    return Embeddings([names[row] for row in kept], values[kept], state)
 
 
 def write_embeddings(path: Path, embeddings: Embeddings, model: TrainedModel) -> None:
-    """An .npz of `names`, `embeddings` and the sha256 of the `model`; the same content, the same bytes."""
+    """An .npz of `names`, `embeddings`, the `model`'s sha256 and the `folder`'s state; same content, same bytes."""
     buffer = io.BytesIO()
     np.savez(
         buffer,
@@ -128,6 +143,7 @@ def write_embeddings(path: Path, embeddings: Embeddings, model: TrainedModel) ->
         names=np.array(embeddings.names),
         embeddings=embeddings.values,
         model=np.array(file_hash(model.file.path, "sha256")),
+        folder=np.array(embeddings.state),
     )
     with atomic_write(path) as file:
         file.write(buffer.getbuffer())
@@ -138,6 +154,7 @@ def read_embeddings(path: Path, model: TrainedModel) -> Embeddings:
     try:
         with np.load(path, allow_pickle=False) as arrays:
             names, values, made_by = arrays["names"], arrays["embeddings"], str(arrays["model"])
+            state = str(arrays.get("folder", ""))
     except FileNotFoundError:
         raise UserError(f"{path}: not found; `memvir embed MODEL FOLDER --out {path}` makes it") from None
     except KeyError as error:
@@ -150,7 +167,7 @@ def read_embeddings(path: Path, model: TrainedModel) -> Embeddings:
     model.check_dimension(values.shape[1], str(path))
     if made_by != file_hash(model.file.path, "sha256"):
         raise UserError(f"{path}: another model made these embeddings; run `memvir embed` again with this one")
-    return Embeddings(names.tolist(), values)
+    return Embeddings(names.tolist(), values, state)
 
 
 def _may_be_a_picture(name: str) -> bool:
@@ -158,16 +175,9 @@ def _may_be_a_picture(name: str) -> bool:
     return (kind is None or kind.startswith("image/")) and not name.lower().endswith(OTHER_SUFFIXES)
 
 
-def _key(model: TrainedModel, folder: Path, names: Sequence[str], batch_size: int) -> bytes:
+def _key(model: TrainedModel, state: str, batch_size: int) -> bytes:
     """What a part belongs to: this model, these files as they are, these batches."""
-    digest = hashlib.sha256(f"{file_hash(model.file.path, 'sha256')} {batch_size}".encode())
-    for name in names:
-        state = "gone"
-        with contextlib.suppress(OSError):
-            found = (folder / name).stat()
-            state = f"{found.st_size} {found.st_mtime_ns}"
-        digest.update(f"\0{name}\0{state}".encode(errors="surrogateescape"))
-    return digest.digest()
+    return hashlib.sha256(f"{file_hash(model.file.path, 'sha256')} {state} {batch_size}".encode()).digest()
 
 
 def _continue(part: BinaryIO, key: bytes, values: np.ndarray, batch_size: int) -> int:

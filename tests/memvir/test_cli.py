@@ -194,11 +194,65 @@ def test_search_refuses_embeddings_of_another_folder(memvir, run, folder, tmp_pa
     assert f"e.npz: of its 48 pictures, {folder} lacks 1 (class_07/03.png)" in error
 
 
+@pytest.mark.parametrize("top", [2, 7])
+def test_search_leaves_out_the_query_but_no_other_link_to_its_file(memvir, run, folder, top):
+    only = folder / "class_06"
+    for number in range(3):
+        (only / f"link {number}.png").hardlink_to(only / "00.png")
+    code, out, _ = memvir("search", run, only / "00.png", only, "--top", top)
+    assert code == 0 and len(out.splitlines()) == 1 + top and out.count("link") == min(top, 3)
+    assert "00.png" not in "".join(out.splitlines()[1:])
+
+
+@pytest.mark.parametrize("change", ["replaced", "added"])
+def test_search_says_that_a_folder_has_changed_since_its_embeddings(memvir, run, folder, tmp_path, change):
+    path = tmp_path / "e.npz"
+    memvir("embed", run, folder, "--out", path)
+    arguments = ("search", run, folder / "class_08" / "03.png", folder, "--embeddings", path)
+    code, out, err = memvir(*arguments)
+    assert code == 0 and not err
+    shutil.copy(folder / "class_06" / "00.png", folder / "class_07" / ("01.png" if change == "replaced" else "new.png"))
+    assert memvir(*arguments) == (
+        0,
+        out,
+        f"{path}: pictures of {folder} have changed since; run `memvir embed` again\n",
+    )
+    with np.load(path) as arrays:  # as an earlier version wrote it
+        np.savez(path, **{name: arrays[name] for name in ("names", "embeddings", "model")})
+    assert memvir(*arguments) == (0, out, "")
+
+
 def test_to_skip_pictures_is_no_advice_where_it_was_asked_for(memvir, run, tmp_path):
     (tmp_path / "bad").mkdir()
     (tmp_path / "bad" / "a.png").write_text("no picture")
     error = one_line(memvir("embed", run, tmp_path / "bad", "--out", tmp_path / "e.npz", "--skip-unreadable"))
     assert error.endswith("bad: 1 of 1 pictures cannot be read (a.png); replace or remove them")
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "message"),
+    [
+        ("m.npz", ("embed", "{file}", "{folder}", "--out", "{file}"), "--out: {file} is the model itself"),
+        ("m.json", ("evaluate", "{file}", "{folder}", "--out", "{file}"), "--out: {file} is the model itself"),
+        ("m.onnx", ("export", "{file}", "--onnx", "{file}"), "--onnx: {file} is the model itself"),
+        ("m.html", ("search", "{run}", "{file}", "{folder}", "--page", "{file}"), "--page: {file} is the query itself"),
+        ("m", ("evaluate", "{file}", "{folder}", "--out", "{file}"), "--out: {file} does not end in .json"),
+        ("m", ("export", "{file}", "--onnx", "{file}"), "--onnx: {file} does not end in .onnx"),
+        ("m", ("search", "{run}", "{file}", "{folder}", "--page", "{file}"), "--page: {file} does not end in .html"),
+    ],
+)
+def test_no_command_writes_over_what_it_reads(memvir, run, folder, tmp_path, name, arguments, message):
+    places = {"run": run, "folder": folder, "file": tmp_path / name}
+    shutil.copy(run / "model.safetensors", tmp_path / name)
+    outcome = memvir(*(argument.format(**places) for argument in arguments))
+    assert one_line(outcome).startswith("error: " + message.format(**places))
+    assert (tmp_path / name).read_bytes() == (run / "model.safetensors").read_bytes()
+
+
+def test_a_name_as_long_as_the_system_allows_serves(memvir, run, folder, tmp_path):
+    path = tmp_path / f"{'x' * 251}.npz"
+    assert memvir("embed", run, folder / "class_06", "--out", path)[0] == 0 and path.exists()
+    assert not list(tmp_path.glob(".*"))
 
 
 def test_export_writes_onnx(memvir, run, tmp_path):
