@@ -105,13 +105,13 @@ class ModelFile:
                 "use the version of memvir that wrote the file, or a newer one"
             ) from None
         try:
-            embedder.load_state_dict(self.weights)
+            embedder.float().load_state_dict(self.weights)  # float32 whatever torch's default type is
         except RuntimeError as error:
             reason = " ".join(str(error).split()).partition(": ")[2] or str(error)
             raise UserError(
                 f"{self.path}: its weights are not those of its architecture ({reason[:300]}); get the file again"
             ) from None
-        return embedder.float().eval()  # whatever torch's default type is
+        return embedder.eval()
 
 
 def pack(weights: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> bytes:

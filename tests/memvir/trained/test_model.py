@@ -141,9 +141,10 @@ def test_an_opened_image_may_come_many_times_in_one_call(model, tmp_path):
 
 
 @pytest.mark.parametrize("when", ["before loading", "after loading"])
-def test_the_default_type_of_torch_changes_no_embedding(model, tmp_path, pictures, when):
+@pytest.mark.parametrize("default", [torch.float64, torch.bfloat16])
+def test_the_default_type_of_torch_changes_no_embedding(model, tmp_path, pictures, when, default):
     expected = model.embed(pictures)
-    torch.set_default_dtype(torch.float64)
+    torch.set_default_dtype(default)
     try:
         model = load_model(tmp_path / "model.safetensors") if when == "before loading" else model
         assert np.array_equal(model.embed(pictures), expected)
