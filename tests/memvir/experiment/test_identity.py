@@ -152,6 +152,7 @@ COMPUTE_NOTHING = {
     "errors",
     "experiment.checkpoint",
     "experiment.identity",
+    "experiment.lock",
     "experiment.environment",
     "experiment.gpu_errors",
     "experiment.paths",
