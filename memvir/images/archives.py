@@ -116,7 +116,8 @@ class Tar:
                 if not member.isreg() or member.issparse():
                     guard.refuse(member.name, f"is {_kind(member)}, not a file")
                 guard.check(member.name, member.size)
-                tarfile.data_filter(member, "/nowhere")  # Python's own opinion on what is safe
+                if hasattr(tarfile, "data_filter"):  # from 3.11.4 on
+                    tarfile.data_filter(member, "/nowhere")  # Python's own opinion on what is safe
                 name = member.name.removeprefix("./")
                 if is_clutter(name):
                     self.left_out.add(name)

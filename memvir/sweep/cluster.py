@@ -161,7 +161,8 @@ def pack(folder: Path, paths: Sequence[str]) -> bytes:
 def unpack(archive: bytes, folder: Path) -> None:
     """What `pack` made, below `folder`; nothing is written outside it."""
     with tarfile.open(fileobj=io.BytesIO(archive)) as members:
-        members.extractall(folder, filter="data")
+        members.extraction_filter = getattr(tarfile, "data_filter", None)  # from Python 3.11.4 on
+        members.extractall(folder)
 
 
 def replace(paths: Sequence[str], archive: bytes, folder: Path) -> None:
