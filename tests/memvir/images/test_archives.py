@@ -303,6 +303,11 @@ def test_a_zip_member_longer_than_announced_is_refused(tmp_path: Path) -> None:
         prepare(path, tmp_path / "out")
 
 
+def test_a_python_whose_tarfile_has_no_filters_reads_archives_too(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.delattr(tarfile, "data_filter")  # as before 3.11.4
+    assert prepare(tar_with(tmp_path / "a.tgz"), tmp_path / "out") == GOOD
+
+
 def test_an_encrypted_zip_is_refused(tmp_path: Path) -> None:
     path = zip_with(tmp_path / "a.zip")
     content = bytearray(path.read_bytes())
