@@ -3,12 +3,17 @@
 import contextlib
 import errno
 import hashlib
+import io
 import json
 import os
 import re
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+if TYPE_CHECKING:
+    import numpy as np
 
 
 @contextlib.contextmanager
@@ -61,6 +66,21 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, content: Any) -> None:
     """Write `content` in its own order with an indent of two: same content, same bytes."""
     write_text(path, json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def npz(**arrays: "np.ndarray") -> bytes:
+    """The content of an .npz: same arrays, same bytes. Those of np.savez differ from Python 3.11.4 on, whose zipfile
+    marks members of a size not known beforehand otherwise.
+    """
+    import numpy as np  # late: `memvir.libraries` prepares it
+
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive:
+        for name, array in arrays.items():
+            member = io.BytesIO()
+            np.lib.format.write_array(member, np.asanyarray(array), allow_pickle=False)
+            archive.writestr(zipfile.ZipInfo(f"{name}.npy"), member.getbuffer())
+    return buffer.getvalue()
 
 
 def file_hash(path: Path, algorithm: str = "md5") -> str:

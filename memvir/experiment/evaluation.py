@@ -20,7 +20,7 @@ from memvir.experiment.model_files import description, model_file
 from memvir.experiment.paths import RunFiles
 from memvir.experiment.settings import Run, Runtime
 from memvir.experiment.space import embedding_space
-from memvir.experiment.training import WATCHED, evaluate
+from memvir.experiment.training import WATCHED, embed, evaluate
 from memvir.files import write_json
 from memvir.images.batches import TestImages
 from memvir.images.index import read_index
@@ -84,7 +84,7 @@ def evaluate_model(run: Run, runtime: Runtime, files: RunFiles, model: Path) -> 
     """The metrics of a saved model of the run's recipe, in [0, 1]. Raises UserError if the file is not one."""
     device = set_up_device(runtime)
     test, labels, queries = open_test_images(run, runtime, files, read_index(files.index), device)
-    embeddings = _embed_with({"it": _built(run, model)}, test, run, device)["it"]
+    embeddings = embed(_built(run, model).to(device), test, PRECISIONS[run.training.precision])
     return evaluate(run, embeddings, labels, queries, device, run.evaluation)
 
 
@@ -127,7 +127,7 @@ def _on_training_classes(
 ) -> dict[str, float]:
     """The metrics of a model on the classes that it has seen."""
     train, labels, _ = open_test_images(run, runtime, files, index, device, split="train")
-    embeddings = _embed_with({"it": model}, train, run, device)["it"]
+    embeddings = embed(model, train, PRECISIONS[run.training.precision])
     seen = evaluate(run, embeddings, labels, None, device, WATCHED)
     return {f"train_{name}": seen[name] for name in ("recall_at_1", "map")}
 

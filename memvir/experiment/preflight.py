@@ -13,6 +13,7 @@ from memvir.experiment.training import build_run_loss
 from memvir.images.batches import epoch_batches
 from memvir.images.index import evaluated
 from memvir.libraries import has_avx2
+from memvir.losses.products import ROWS
 from memvir.models import build_embedder
 
 log = logging.getLogger("memvir")
@@ -97,6 +98,11 @@ def _check_batches(run: Run, train: pd.DataFrame, processes: int) -> list[int]:
             f"{classes * images_per_class} images"
         )
     batches = [len(batch) for batch in epoch_batches(train["class_id"].to_numpy(), batch_size, images_per_class, 0, 1)]
+    if run.training.portable and min(batches) // processes < ROWS:
+        raise UserError(
+            f"{where}.portable: batch_size {batch_size} of {len(train)} training images leaves a batch of "
+            f"{min(batches)}, which other processors add up otherwise; use another batch size, or write false"
+        )
     if min(batches) < processes:
         raise UserError(
             f"{where}.batch_size: {batch_size} of {len(train)} training images leaves a batch of {min(batches)}, too "

@@ -1,7 +1,6 @@
 """Training a run, from its files to its files."""
 
 import contextlib
-import io
 import json
 import logging
 import os
@@ -29,7 +28,7 @@ from memvir.experiment.settings import Run, Runtime
 from memvir.experiment.tensorboard import TensorBoardLog
 from memvir.experiment.training import Trainer
 from memvir.experiment.watch import Watch
-from memvir.files import write_json
+from memvir.files import npz, write_json
 from memvir.images.index import evaluated, read_index
 from memvir.models import find_weights
 from memvir.models.weights import read_source
@@ -109,14 +108,14 @@ def _write_run(trainer: Trainer, embeddings: np.ndarray, descriptions: dict[int,
     files = {
         "history.csv": to_csv(trainer.history.rows).encode(),
         "growth.csv": to_csv(trainer.history.growth).encode(),
-        "test_embeddings.npz": _npz({"embeddings": embeddings}),
+        "test_embeddings.npz": npz(embeddings=embeddings),
         "summary.json": json.dumps(summary, indent=2).encode(),
         "README.md": model_card(descriptions[last_epoch]).encode(),
     }
     for epoch, weights in {**trainer.best.weights, last_epoch: trainer.embedder.state_dict()}.items():
         files[model_file(Path(), epoch, last_epoch).as_posix()] = pack(weights, descriptions[epoch])
     for epoch, arrays in trainer.snapshots.items():
-        files[f"snapshots/epoch-{epoch:04d}.npz"] = _npz({key: value.numpy() for key, value in arrays.items()})
+        files[f"snapshots/epoch-{epoch:04d}.npz"] = npz(**{key: value.numpy() for key, value in arrays.items()})
     new, old = (target.with_name(f".{target.name}.{age}") for age in ("new", "old"))
     for leftover in (new, old):  # of a process that was killed here
         shutil.rmtree(leftover, ignore_errors=True)
@@ -135,12 +134,6 @@ def _write_run(trainer: Trainer, embeddings: np.ndarray, descriptions: dict[int,
             "run the same command again, nothing is trained twice"
         ) from None
     shutil.rmtree(old, ignore_errors=True)
-
-
-def _npz(arrays: dict[str, np.ndarray]) -> bytes:
-    buffer = io.BytesIO()
-    np.savez(buffer, allow_pickle=False, **arrays)
-    return buffer.getvalue()
 
 
 def _prune(files: RunFiles, runtime: Runtime) -> None:

@@ -121,8 +121,8 @@ class Resources(Section):
     """GPUs; a fraction lets several runs share one, and `runtime.processes` GPUs serve one run together."""
 
 
-PORTABLE_SUM = 128
-"""Terms of a sum that every processor adds up in the same order: `memvir.losses.products.BLOCK`."""
+PORTABLE_SUMS = (12, 128)
+"""Columns and terms of products that every processor adds up in the same order: see `memvir.losses.products`."""
 
 
 class Recipe(Section):
@@ -263,11 +263,12 @@ def keeps_promise(run: Run, where: str) -> Run:
     if run.model.backbone != "convnet":
         raise UserError(f"{where}.training.portable: only shown for convnet, not for {run.model.backbone}; write false")
     # of the embedding layer's sums: see memvir/losses/products.py, which makes the others
-    sums = {"batch_size": run.training.batch_size, "last width": run.model.widths[-1]}
-    for name, terms in {**sums, "embedding_dim": run.model.embedding_dim}.items():
-        if terms > PORTABLE_SUM:
+    sums = {"batch_size": run.training.batch_size, "the last width": run.model.widths[-1]}
+    least, most = PORTABLE_SUMS
+    for name, number in {**sums, "embedding_dim": run.model.embedding_dim}.items():
+        if not least <= number <= most:
             raise UserError(
-                f"{where}.training.portable: only shown up to a {name} of {PORTABLE_SUM}, not {terms}; write false"
+                f"{where}.training.portable: only shown for {name} from {least} to {most}, not {number}; write false"
             )
     return run
 

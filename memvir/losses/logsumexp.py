@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import logsigmoid
 
 from memvir.errors import UserError
 
@@ -60,5 +61,7 @@ class LogSumExp(torch.autograd.Function):
 
 
 def log_one_plus_exp(exponent: Tensor) -> Tensor:
-    """log(1 + exp x). torch's softplus is linear above 20, which is 1e-10 off in float64."""
-    return torch.logaddexp(exponent, torch.zeros_like(exponent))
+    """log(1 + exp x). torch's softplus is linear above 20, which is 1e-10 off in float64, and the gradient of its
+    logaddexp takes MKL's exp.
+    """
+    return -logsigmoid(-exponent)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from memvir.errors import UserError
+from memvir.losses.products import ROWS
 from memvir.models import backbone_class
 from memvir.models.backbone import Backbone
 from memvir.models.weights import load_weights
@@ -106,5 +107,8 @@ def mixed_precision(device: torch.device, precision: torch.dtype) -> contextlib.
 @torch.inference_mode()
 def embed_batch(embedder: nn.Module, images: Tensor, precision: torch.dtype) -> Tensor:
     """Images (B, C, S, S) -> float32 embeddings (B, D), not normalised; `embedder` is in eval mode."""
+    count = len(images)
+    if count < ROWS:  # the end of a data set: the embedding layer adds up so few rows in an order of their own
+        images = torch.cat([images, images.new_zeros(ROWS - count, *images.shape[1:])])
     with mixed_precision(images.device, precision):
-        return embedder(images).float()
+        return embedder(images).float()[:count]

@@ -2,7 +2,6 @@
 
 import contextlib
 import hashlib
-import io
 import logging
 import mimetypes
 import zipfile
@@ -14,7 +13,7 @@ from typing import BinaryIO
 import numpy as np
 
 from memvir.errors import UserError
-from memvir.files import atomic_write, file_hash
+from memvir.files import atomic_write, file_hash, npz
 from memvir.images.archives import Folder
 from memvir.progress import Counter
 from memvir.trained.model import BATCH_SIZE, TrainedModel, usable_device
@@ -136,17 +135,14 @@ def embed_folder(
 
 def write_embeddings(path: Path, embeddings: Embeddings, model: TrainedModel) -> None:
     """An .npz of `names`, `embeddings`, the `model`'s sha256 and the `folder`'s state; same content, same bytes."""
-    buffer = io.BytesIO()
-    np.savez(
-        buffer,
-        allow_pickle=False,
+    content = npz(
         names=np.array(embeddings.names),
         embeddings=embeddings.values,
         model=np.array(file_hash(model.file.path, "sha256")),
         folder=np.array(embeddings.state),
     )
     with atomic_write(path) as file:
-        file.write(buffer.getbuffer())
+        file.write(content)
 
 
 def read_embeddings(path: Path, model: TrainedModel) -> Embeddings:

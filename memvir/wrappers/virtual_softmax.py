@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from memvir.errors import UserError
 from memvir.losses.checks import checked_labels
 from memvir.losses.cross_entropy import CrossEntropyLoss
-from memvir.losses.logsumexp import without_autocast
+from memvir.losses.logsumexp import LogSumExp, without_autocast
 from memvir.wrappers.wrapper import LossWrapper
 
 
@@ -35,6 +35,6 @@ class VirtualSoftmax(LossWrapper):
             virtual = torch.full_like(logsumexp, loss.factor)
             if not loss.normalised:
                 virtual = loss.factor * proxies.index_select(0, labels).norm(dim=1) * rows.norm(dim=1)
-            value = loss.combine(torch.logaddexp(logsumexp, virtual), positive, counted)[0]
+            value = loss.combine(LogSumExp.apply(torch.stack([logsumexp, virtual], 1)), positive, counted)[0]
         self.in_use = (len(rows), 0)
         return value

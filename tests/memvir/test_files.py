@@ -1,13 +1,16 @@
 """Files appear whole or not at all, whatever they are called."""
 
 import errno
+import hashlib
+import io
 import os
 import stat
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from memvir.files import is_text, write_text
+from memvir.files import is_text, npz, write_text
 
 
 @pytest.mark.parametrize("name", ["a.json", "x" * 255, "中" * 85])
@@ -45,3 +48,12 @@ def test_a_file_system_that_flushes_no_folders_is_written_to_all_the_same(tmp_pa
     else:
         write_text(tmp_path / "a.txt", "content")
     assert (tmp_path / "a.txt").read_text() == "content"
+
+
+def test_an_npz_has_the_same_bytes_under_every_python_and_numpy_reads_it():
+    content = npz(a=np.arange(3, dtype=np.float32), b=np.array(["x", "yz"]))
+    assert hashlib.sha256(content).hexdigest()[:16] == "914467fcc19d7d13"
+    with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
+        assert arrays["a"].tolist() == [0, 1, 2] and arrays["b"].tolist() == ["x", "yz"]
+    with pytest.raises(ValueError, match="allow_pickle"):
+        npz(a=np.array([{}]))

@@ -2,9 +2,9 @@ import numpy as np
 import pytest
 import torch
 
-from memvir.experiment.settings import PORTABLE_SUM
+from memvir.experiment.settings import PORTABLE_SUMS
 from memvir.losses import build_loss
-from memvir.losses.products import BLOCK, Similarities, product
+from memvir.losses.products import BLOCK, COLUMNS, Similarities, product
 from tests.test_golden import needs_avx2
 
 
@@ -21,7 +21,10 @@ def added_up_in_order(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 
 @needs_avx2
-@pytest.mark.parametrize(("m", "k", "n"), [(64, 98, 128), (64, 128, 98), (64, 490, 128), (98, 2024, 128)])
+@pytest.mark.parametrize(
+    ("m", "k", "n"),
+    [(64, 98, 128), (64, 128, 98), (64, 490, 128), (98, 2024, 128), (3, 200, 40), (40, 200, 2), (1, 7, 1)],
+)
 @pytest.mark.parametrize("layout", ["rows", "columns"])
 def test_a_product_adds_up_in_the_same_order_on_every_processor(m, k, n, layout):
     rng = np.random.default_rng(k)
@@ -43,8 +46,8 @@ def test_similarities_have_the_gradients_of_a_matrix_product(a, k, d):
         torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
 
 
-def test_settings_know_how_long_a_sum_may_be():
-    assert PORTABLE_SUM == BLOCK
+def test_settings_know_how_long_and_how_wide_a_product_may_be():
+    assert PORTABLE_SUMS == (COLUMNS, BLOCK)
 
 
 def test_a_backward_pass_within_autocast_is_in_full_precision():

@@ -4,6 +4,7 @@ import copy
 import itertools
 import logging
 import re
+from typing import Any
 
 import pandas as pd
 import pytest
@@ -45,6 +46,13 @@ def run(
     recipe["variants"]["memvir_norm_softmax"]["memvir"] |= memvir or {}
     recipe["variants"]["memvir_norm_softmax"]["snapshots"] = snapshots or []
     return parse_params(raw).run("tiny", variant, 1)
+
+
+PORTABLE: dict[str, Any] = {
+    "portable": True,
+    "batch_size": 16,
+    "model": {"widths": [4, 16], "embedding_dim": 16},
+}
 
 
 def broadface(queue_size):
@@ -228,10 +236,17 @@ def test_batch_norm_is_asked_and_not_guessed():
 
 
 def test_a_processor_that_cannot_keep_the_promise_of_the_same_bytes_is_told_so_at_the_start(caplog, monkeypatch):
-    assert warnings_of(caplog, run(portable=True), index()) == []
+    assert warnings_of(caplog, run(**PORTABLE), index()) == []
     monkeypatch.setattr("memvir.experiment.preflight.has_avx2", lambda: False)
-    (warning,) = warnings_of(caplog, run(portable=True), index())
+    (warning,) = warnings_of(caplog, run(**PORTABLE), index())
     assert "tiny.training.portable: this is no x86-64 processor with AVX2" in warning
+
+
+def test_the_same_bytes_are_not_promised_of_batches_of_few_images():
+    with pytest.raises(UserError, match=r"^tiny\.training\.portable: batch_size 16 of 49 .* leaves a batch of 1"):
+        check_run(run(**PORTABLE), index(train=(8,) * 5 + (9,)))
+    with pytest.raises(UserError, match=r"^tiny\.training\.portable: batch_size 16 of 48 training .* a batch of 16"):
+        check_run(run(**PORTABLE), index(), processes=5)
 
 
 def apart(queries=(3, 3), gallery=(2, 2)) -> pd.DataFrame:

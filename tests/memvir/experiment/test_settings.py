@@ -1,7 +1,9 @@
 """params.yaml becomes a valid configuration, or one line that names the key."""
 
 import copy
+import functools
 import json
+import operator
 import re
 import subprocess
 import sys
@@ -384,21 +386,29 @@ def test_settings_of_a_model_that_do_not_go_together_are_one_line(changes, messa
         (
             "model.widths",
             [8, 129],
-            r"^tiny.*portable: only shown up to a last width of 128, not 129; write false",
+            r"^tiny.*portable: only shown for the last width from 12 to 128, not 129; write false",
         ),
-        ("model.embedding_dim", 129, r"^tiny.*portable: only shown up to a embedding_dim of 128"),
+        (
+            "model.widths",
+            [8, 11],
+            r"^tiny.*portable: only shown for the last width from 12 to 128, not 11",
+        ),
+        ("model.embedding_dim", 8, r"^tiny.*portable: only shown for embedding_dim from 12 to 128, not 8"),
+        ("model.embedding_dim", 129, r"^tiny.*portable: only shown for embedding_dim from 12 to 128"),
         ("variants.norm_softmax.training", {"batch_size": 256}, r"^tiny\.variants\.norm_softmax\.training\.portable"),
         (
             "training.batch_size",
             130,
-            r"^tiny.*portable: only shown up to a batch_size of 128, not 130",
+            r"^tiny.*portable: only shown for batch_size from 12 to 128, not 130",
         ),
     ],
 )
 def test_a_recipe_that_promises_the_same_bytes_is_refused_what_is_not_known_to_give_them(key, value, message):
-    raw = changed(f"tiny.{key}", value)
+    raw = changed("tiny.model", {**tiny.params()["tiny"]["model"], "widths": [4, 16], "embedding_dim": 16})
+    raw["tiny"]["training"] |= {"batch_size": 16, "portable": True}
     assert parse_params(raw)
-    raw["tiny"]["training"]["portable"] = True
+    *parents, last = key.split(".")
+    functools.reduce(operator.getitem, parents, raw["tiny"])[last] = value
     with pytest.raises(UserError, match=message):
         parse_params(raw)
 
