@@ -191,6 +191,7 @@ def test_what_fails_is_named_and_the_rest_is_done(finished, tmp_path):
 
 def test_when_a_node_of_a_cluster_dies_its_run_goes_on_elsewhere_to_the_same_bytes(finished, tmp_path, cluster):
     project = finished.untrained_copy(tmp_path / "project")
+    project.end_with_evaluation()
     project.write_params(patient())
     second = cluster.add_node()
     sweep = project.start("stages.sweep", "--address", cluster.address)
@@ -204,6 +205,7 @@ def test_when_a_node_of_a_cluster_dies_its_run_goes_on_elsewhere_to_the_same_byt
 @pytest.mark.skipif(not can_hide(), reason="needs a file system view of its own for a node")
 def test_a_node_without_the_folder_sends_home_checkpoints_and_results(finished, tmp_path, cluster):
     project = finished.untrained_copy(tmp_path / "project")
+    project.end_with_evaluation()
     project.write_params(patient())
     copies = set(Path(tempfile.gettempdir()).glob("memvir-*"))
     node = cluster.add_node(hide=project.folder)

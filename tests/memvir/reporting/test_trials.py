@@ -40,6 +40,17 @@ def test_the_sizes_of_a_search_are_those_of_its_table_and_what_has_changed_since
     assert "params.yaml has changed since: tuning.trials, finalists or seeds; " in later
 
 
+def test_the_best_trial_is_that_of_the_seed_under_which_all_were_made(file):
+    table = pd.read_csv(file("norm_softmax"))
+    table.loc[(table["trial"] == 2), "map"] = 60.0
+    table.loc[(table["trial"] == 1) & (table["seed"] == 102), "map"] = 70.0
+    table.to_csv(file("norm_softmax"), index=False)
+    assert {row[0]: row[1:] for row in described(file).tables[0].rows}["best of all trials, one seed"] == [
+        "60.00",
+        "50.00",
+    ]
+
+
 @pytest.mark.parametrize(
     "space",
     [
