@@ -46,11 +46,10 @@ class Project:
 
     def end_with_evaluation(self) -> None:
         """Nothing is left to make of the results: each stage is a process or more, and takes seconds."""
-        pipeline = YAML(typ="safe").load(self.folder / "dvc.yaml")
-        names = ("download", "prepare", "weights", "settings", "train", "train_tsne", "evaluate")
-        (self.folder / "dvc.yaml").write_text(
-            json.dumps({"stages": {name: pipeline["stages"][name] for name in names}})
-        )
+        path = self.folder / "dvc.yaml"
+        stages = YAML(typ="safe").load(path)["stages"]
+        kept = ("download", "prepare", "weights", "settings", "train", "train_tsne", "evaluate")
+        path.write_text(json.dumps({"stages": {name: stages[name] for name in kept}}))
 
     def write_params(self, params: dict[str, Any]) -> None:
         (self.folder / "params.yaml").write_text(json.dumps(params, indent=1))
