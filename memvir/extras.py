@@ -24,9 +24,10 @@ EXTRAS = {
 """By the names that they are imported under."""
 
 
-def require(extra: str) -> None:
-    """Raise MissingExtra, which says how to get them, unless all packages of the extra are installed."""
-    missing = [package for package in EXTRAS[extra] if not _is_there(package)]
+def require(extra: str, *packages: str) -> None:
+    """Raise MissingExtra, which says how to get them, unless these packages of the extra, or all, are installed."""
+    assert set(packages) <= set(EXTRAS[extra])
+    missing = [package for package in packages or EXTRAS[extra] if not _is_there(package)]
     if missing:
         raise MissingExtra(f'{", ".join(missing)}: not installed; pip install "memvir[{extra}]" brings what is missing')
 

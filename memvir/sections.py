@@ -13,7 +13,7 @@ from typing import Annotated, Any
 from memvir.errors import UserError
 from memvir.extras import require
 
-require("experiment")
+require("experiment", "pydantic")
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError  # noqa: E402
 

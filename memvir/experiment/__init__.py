@@ -2,4 +2,4 @@
 
 from memvir.extras import require
 
-require("experiment")
+require("experiment", "filelock", "pandas", "pydantic", "ruamel.yaml")

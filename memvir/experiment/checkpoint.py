@@ -74,9 +74,10 @@ class Checkpoint:
         names path and space.
         """
         self.flush()
-        copy = _in_host_memory(state)
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()  # the copies are under way all at once
+        gpus: set[torch.device] = set()
+        copy = _in_host_memory(state, gpus)
+        for gpu in gpus:
+            torch.cuda.synchronize(gpu)  # the copies are under way all at once
         self.writing = self.writer.submit(self._write, copy)
 
     def flush(self) -> None:
@@ -155,15 +156,19 @@ class Checkpoint:
             log.warning("%s: continued elsewhere (%s); the last digits may differ", path, "; ".join(changes))
 
 
-def _in_host_memory(value: Any) -> Any:
-    """A copy that training does not change, of tensors and of what holds them; from a GPU through pinned memory."""
+def _in_host_memory(value: Any, gpus: set[torch.device]) -> Any:
+    """A copy that training does not change, of tensors and of what holds them; from a GPU, which is added to `gpus`,
+    through pinned memory, and not there before the GPU has done its work.
+    """
     if isinstance(value, torch.Tensor):
+        if value.is_cuda:
+            gpus.add(value.device)
         host = torch.empty_like(value, device="cpu", pin_memory=value.is_cuda)
         return host.copy_(value, non_blocking=True)
     if isinstance(value, dict):
-        return {key: _in_host_memory(item) for key, item in value.items()}
+        return {key: _in_host_memory(item, gpus) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return type(value)(map(_in_host_memory, value))
+        return type(value)(_in_host_memory(item, gpus) for item in value)
     return value
 
 

@@ -132,6 +132,8 @@ class Trainer:
             self.history.record_growth(self.step, self.loss)
             if watch.stop_requested and self.world.size == 1 and self.batch < self._batches_per_epoch():
                 return False  # several processes agree on stopping at the end of an epoch
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)  # its steps are under way, not done
         self.images_per_second = seen / max(time.monotonic() - started, 1e-9)
         return True
 
@@ -246,6 +248,7 @@ class Trainer:
         self.embedder.load_state_dict(state["embedder"])
         self.loss.load_state_dict(state["loss"])
         self.optimizer.load_state_dict(state["optimizer"])
+        self._lay_out_moments()
         self.scaler.load_state_dict(state["scaler"])
         self.history.load_state_dict(state["history"])
         self.best.load_state_dict(state["best"])
@@ -253,9 +256,20 @@ class Trainer:
         position = state["position"]
         self.epoch, self.batch, self.step = position["epoch"], position["batch"], position["step"]
         self.losses.copy_(position["losses"])
-        self.last_batch = state["last_batch"]
+        if state["last_batch"] is not None:
+            embeddings, labels = state["last_batch"]
+            self.last_batch = embeddings.to(self.device), labels.to(self.device)
         torch.set_rng_state(state["random"])
         self.seconds = state["seconds"]
+
+    def _lay_out_moments(self) -> None:
+        """Give the optimiser's state the parameters' memory formats, by which fused kernels pair them: those of a GPU
+        may be channels_last where a CPU's are not.
+        """
+        for parameter, state in self.optimizer.state.items():
+            for name, value in state.items():
+                if isinstance(value, Tensor) and value.shape == parameter.shape:
+                    state[name] = torch.empty_like(parameter, requires_grad=False).copy_(value)
 
 
 def build_run_loss(run: Run, num_classes: int) -> nn.Module:

@@ -74,7 +74,7 @@ def evaluate(
     metrics["rp"] = float(np.mean(scores.precision[counted]))
     metrics["map"] = float(np.mean(scores.average_precision[counted]))
     if nmi:
-        require("experiment")
+        require("experiment", "sklearn")
         from sklearn.metrics import normalized_mutual_info_score  # takes a second to import
 
         clusters = cluster(neighbours.gallery, len(np.unique(gallery_classes)), neighbours.gpu)

@@ -1,13 +1,20 @@
-"""faiss on the CPU or on one GPU; where it cannot, one line says so, and torch or the CPU gives the same answer."""
+"""faiss on the CPU or on one GPU; where it cannot, one line says so, and torch or the CPU gives the same answer.
+
+Where faiss is not installed torch searches, without a line.
+"""
 
 import logging
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-import faiss
 import numpy as np
 
 from memvir.errors import UserError
+
+try:
+    import faiss
+except ImportError:  # as where only what a GPU needs is installed: torch finds the same
+    faiss = None  # type: ignore[assignment]
 
 if TYPE_CHECKING:
     import torch
@@ -35,11 +42,14 @@ def search_on(gallery: np.ndarray, gpu: int | None) -> "tuple[int | None, Search
     """
 
     def on_cpu(queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+        if faiss is None:
+            return torch_on_gpu(gallery, "cpu")(queries, k)
         return faiss.knn(queries, gallery, k, metric=faiss.METRIC_INNER_PRODUCT)  # reads the gallery where it lies
 
     if gpu is None:
         return None, on_cpu
-    untried = [("faiss", faiss_on_gpu), ("torch", torch_on_gpu)] if _torch_sees(gpu) else [("faiss", faiss_on_gpu)]
+    untried = [("faiss", faiss_on_gpu)] if faiss is not None else []
+    untried += [("torch", torch_on_gpu)] if _torch_sees(gpu) else []
     library = ""
 
     def next_search() -> "Search":
@@ -107,7 +117,9 @@ def torch_on_gpu(gallery: np.ndarray, gpu: "int | str") -> "Search":
 
 
 def cluster(gallery: np.ndarray, num_clusters: int, gpu: int | None) -> np.ndarray:
-    """(G,) the k-means cluster of each image."""
+    """(G,) the k-means cluster of each image. Raises UserError if there is no faiss."""
+    if faiss is None:
+        raise UserError("nmi: the clusters are faiss's, which is not installed; pip install faiss-cpu")
 
     def cluster_with(index: Any) -> np.ndarray:
         clustering = faiss.Clustering(gallery.shape[1], num_clusters)

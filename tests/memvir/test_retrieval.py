@@ -703,6 +703,18 @@ def test_torch_searches_on_a_gpu_that_faiss_cannot_use(fails_at, monkeypatch, ca
     assert [message.partition("; ")[2] for message in caplog.messages] == ["torch searches there instead"]
 
 
+def test_without_faiss_torch_searches(monkeypatch):
+    embeddings, labels = random_images(17, 400, 30)
+    expected = evaluate(embeddings, labels), *nearest_neighbours(embeddings, 12)
+    monkeypatch.setattr(search, "faiss", None)
+    found = evaluate(embeddings, labels), *nearest_neighbours(embeddings, 12)
+    assert found[0] == expected[0]
+    np.testing.assert_array_equal(found[1], expected[1])
+    np.testing.assert_array_equal(found[2], expected[2])
+    with pytest.raises(UserError, match=r"^nmi: the clusters are faiss's, which is not installed"):
+        evaluate(embeddings, labels, nmi=True)
+
+
 def test_a_gpu_without_room_is_not_touched(monkeypatch, caplog):
     fake_gpus(monkeypatch, free=100 << 20)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Union
 
 from memvir.extras import require
 
-require("experiment")
+require("experiment", "pandas", "pydantic", "scipy")
 
 from pydantic import Field  # noqa: E402
 

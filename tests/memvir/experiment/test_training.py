@@ -176,6 +176,42 @@ def test_a_training_step_of_the_papers_variants_runs_on_the_cpu_at_full_size(var
     assert not any(m.training for m in trainer.embedder.modules() if isinstance(m, torch.nn.BatchNorm2d))
 
 
+@pytest.mark.parametrize("optimizer", ["adam", "sgd"])
+def test_a_state_whose_moments_lie_channels_last_as_on_a_gpu_goes_on_to_the_same_weights(optimizer):
+    settings = {"name": optimizer, "lr": 0.003, "lr_proxies": 0.01, "weight_decay": 0.0001}
+    settings |= {"momentum": 0.9} if optimizer == "sgd" else {}
+    run = tiny_params(optimizer=settings).run("tiny", "memvir_norm_softmax", 1)
+    trainer = make_trainer(run)
+    trainer.train_epoch(Quiet())
+    state = copy.deepcopy(trainer.state_dict())
+    elsewhere = copy.deepcopy(state)
+    for moments in elsewhere["optimizer"]["state"].values():
+        for name, value in moments.items():
+            if torch.is_tensor(value) and value.ndim == 4:
+                moments[name] = value.to(memory_format=torch.channels_last)
+    found = []
+    for saved in (state, elsewhere):
+        trainer = make_trainer(run)
+        trainer.load_state_dict(saved)
+        trainer.epoch, trainer.batch = 2, 0
+        trainer.train_epoch(Quiet())
+        found.append(trainer.embedder.state_dict())
+    for name, value in found[0].items():
+        assert torch.equal(value, found[1][name]), name
+
+
+def test_what_a_state_holds_is_used_where_the_run_is():
+    run = tiny_params().run("tiny", "memvir_norm_softmax", 1)
+    trainer = make_trainer(run)
+    trainer.train_epoch(Quiet())
+    saved = trainer.state_dict()
+    assert saved["last_batch"] is not None
+    trainer = make_trainer(run, device=torch.device("meta"))
+    trainer.load_state_dict(saved)
+    held = [*trainer.last_batch, *(value for state in trainer.optimizer.state.values() for value in state.values())]
+    assert {value.device.type for value in held if value.ndim} == {"meta"}
+
+
 def test_optimizers_give_the_proxies_their_own_learning_rate():
     trainer = make_trainer(tiny_params().run("tiny", "norm_softmax", 1))
     backbone, proxies = trainer.optimizer.param_groups
