@@ -33,7 +33,7 @@ report: $(VENV)/.installed .dvc/config.local  ## tables, curves and pages again 
 .dvc/config.local: | $(VENV)/.installed
 	@if git rev-parse --git-dir >/dev/null 2>&1; then touch $@; else $(BIN)/python -m dvc config --local core.no_scm true; fi
 
-gpu-check:  ## all that only a GPU can show, in ten minutes; needs torch alone, PARTS="numbers step" chooses
+gpu-check:  ## all that only a GPU can show, in ten minutes; needs little but torch, PARTS="numbers step" chooses
 	@python=$$(command -v $(BIN)/python || command -v python3 || command -v python); \
 	$$python -m benchmarks.gpu_check $(if $(PARTS),--parts $(PARTS))
 

@@ -74,11 +74,13 @@ def time_parts(runs: dict[str, Run], batch_size: int, steps: int) -> dict[str, d
     }
 
 
-def build(run: Run, batch_size: int) -> tuple[Embedder, nn.Module, torch.optim.Optimizer]:
+def build(
+    run: Run, batch_size: int, device: torch.device | None = None
+) -> tuple[Embedder, nn.Module, torch.optim.Optimizer]:
     """A run's embedder, loss and optimiser, with MemVir's memory full."""
     torch.manual_seed(0)
     embedder = build_embedder(run.model.model_copy(update={"pretrained": "none"}), in_channels=3, weights=None)
-    loss = build_run_loss(run, NUM_CLASSES)
+    embedder, loss = embedder.to(device), build_run_loss(run, NUM_CLASSES).to(device)
     if isinstance(loss, MemVir):
         fill(loss, batch_size, run.model.embedding_dim)
     return embedder, loss, build_optimizer(run.training.optimizer, embedder, loss)
@@ -86,8 +88,10 @@ def build(run: Run, batch_size: int) -> tuple[Embedder, nn.Module, torch.optim.O
 
 def fill(loss: MemVir, batch_size: int, dim: int) -> None:
     """As many steps as it takes until one uses all N past steps."""
+    device = loss.proxies.device
     while loss.num_virtual_classes < loss.num_steps * NUM_CLASSES:
-        loss(F.normalize(torch.randn(batch_size, dim)), torch.randint(NUM_CLASSES, (batch_size,))).detach()
+        embeddings = F.normalize(torch.randn(batch_size, dim, device=device))
+        loss(embeddings, torch.randint(NUM_CLASSES, (batch_size,), device=device)).detach()
 
 
 def time_step(

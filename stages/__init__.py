@@ -75,7 +75,8 @@ def stage(main: Callable[..., None]) -> Callable[[], None]:
         arguments = vars(parser.parse_args())
         logging.basicConfig(format="%(message)s", stream=sys.stderr)
         logging.getLogger("memvir").setLevel(logging.INFO)
-        if "DVC_STAGE" in os.environ:  # set by DVC, and by a sweep: nothing works on when these were killed
+        # set by DVC, by a sweep, by torchrun: nothing works on when these were killed
+        if {"DVC_STAGE", "WORLD_SIZE"} & os.environ.keys():
             end_with_parent()
         with exit_codes():
             from memvir.params import load_params

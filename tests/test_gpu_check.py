@@ -11,7 +11,7 @@ import torch
 from torchvision.transforms.v2.functional import resized_crop
 
 from benchmarks.gpu_check import __main__ as gpu_check
-from benchmarks.gpu_check import crops, parts
+from benchmarks.gpu_check import crops, machine, parts
 from benchmarks.gpu_check.page import to_markdown
 
 ROOT = Path(__file__).parents[1]
@@ -25,7 +25,9 @@ def test_a_part_runs_on_the_cpu_and_the_page_says_that_nothing_about_gpus_is_sho
     page, content = (tmp_path / "cpu.md").read_text(), json.loads((tmp_path / "cpu.json").read_text())
     assert "nothing about GPUs" in page and "## bits" in page
     assert content["parts"]["bits"]["status"] == "done"
-    assert len(set(content["parts"]["bits"]["values"].values())) == 1
+    values = content["parts"]["bits"]["values"]
+    assert values.pop("operations that are not deterministic here") == "none"
+    assert len(values) == 4 and len(set(values.values())) == 1
 
 
 @pytest.mark.parametrize("part", parts.PARTS)
@@ -104,3 +106,35 @@ def test_what_a_part_raises_is_told_with_its_status(error, status, why, monkeypa
     assert (outcome["status"], outcome["why"]) == (status, why)
     content = {"machine": {"name": "x", "device": "cuda"}, "parts": {"bits": {**outcome, "seconds": 1.0}}}
     assert f"({status}: {why}; 1.0 s)" in to_markdown(content)
+
+
+def test_losses_and_search_are_checked_where_torch_is_all_that_there_is():
+    script = """
+import sys
+class Nothing:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in ("faiss", "pandas", "pydantic", "ruamel", "scipy", "sklearn"):
+            raise ModuleNotFoundError(name, name=name)
+sys.meta_path.insert(0, Nothing())
+import numpy as np
+import torch
+from benchmarks.gpu_check import numbers, search
+cpu = torch.device("cpu")
+numbers.STEPS = 6
+assert max(numbers.errors("norm_softmax", True, torch.float32, cpu)) < 1e-5
+assert "100.0000%" in search.in_place_of_faiss(search.clustered(500, 10, 16)[0], cpu)["torch in place of faiss"]
+assert search.evaluate(*search.clustered(500, 10, 16))["map"] > 0
+"""
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_gpu_that_torch_cannot_use_is_no_reason_to_try_the_cpu_instead(monkeypatch, tmp_path):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr(machine, "DRIVER", tmp_path)
+    with pytest.raises(RuntimeError, match=r"this machine has a GPU that torch cannot use: .*; --device cpu tries"):
+        next(machine.describe("auto"))
+    assert next(machine.describe("cpu"))["device"] == "cpu"
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert next(machine.describe("auto"))["why not a GPU"] == "CUDA_VISIBLE_DEVICES hides all"

@@ -4,9 +4,11 @@
     make gpu-check PARTS="numbers step"         # some of them
     python -m benchmarks.gpu_check --parts numbers
 
-Needs torch, torchvision and numpy of any recent version, this repository, and nothing else: no network, no data set. A
-part whose packages are missing is skipped, with the reason. Results are written after each part, to reports/gpu on a
-GPU. Without one the parts run on the CPU at small size, into scratch, which shows that they work and nothing of GPUs.
+Needs this repository, torch, torchvision and numpy of any recent version, no network and no data set. With these alone
+the losses and the search are checked; pandas, pydantic, ruamel.yaml and filelock bring training and its speed, all of
+requirements.txt the whole run. A part whose packages are missing is skipped, with the reason. Results are written after
+each part, to reports/gpu on a GPU. Without one the parts run on the CPU at small size, into scratch, which shows that
+they work and nothing of GPUs.
 """
 
 import argparse
@@ -38,7 +40,7 @@ def main() -> None:
         return run_here(options.one, options.device)
     machine = in_a_process("machine", options.device)
     if machine["status"] != "done":
-        sys.exit(f"error: this Python has no usable torch: {machine['why']}")
+        sys.exit(f"error: {machine['why']}")
     found = machine["values"]
     on_gpu = found["device"] != "cpu"
     folder = options.out or Path("reports" if on_gpu else "scratch") / "gpu"
@@ -103,7 +105,7 @@ def run_here(part: str, device: str) -> None:
             values |= more
             print(json.dumps({"status": "done", "why": "", "values": values}), flush=True)
     except ImportError as error:
-        status, why = "skipped", f"{error.name or error} is not installed here"
+        status, why = "skipped", f"{error.name} is not installed here" if error.name else str(error)
     except parts.Skipped as reason:
         status, why = "skipped", str(reason)
     except Exception as error:  # of any kind: it is what the page is to say

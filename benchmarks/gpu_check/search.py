@@ -50,7 +50,7 @@ def in_place_of_faiss(embeddings: np.ndarray, device: torch.device) -> dict[str,
     difference = np.abs(found[0] - similarities).max()
     assert difference < 1e-5, f"torch's similarities differ by {difference}"
     same = f"{(found[1] == indices).mean():.4%}"
-    return {"torch in place of faiss, 9 neighbours": {"the same neighbours": same, "seconds": f"{seconds:.2f}"}}
+    return {"torch in place of faiss": f"of 9 neighbours {same} are the same, in {seconds:.2f} s"}
 
 
 def short_of_memory(embeddings: np.ndarray, labels: np.ndarray, device: torch.device) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from benchmarks.gpu_check.machine import choose
 from benchmarks.gpu_check.parts import Skipped
 from benchmarks.gpu_check.small_run import Watch, make_trainer
 from memvir.experiment.distributed import World, join_world
+from memvir.signals import end_with_parent
 
 EPOCHS = 2
 
@@ -53,6 +54,7 @@ def losses(device: torch.device, world: World) -> torch.Tensor:
 
 def main() -> None:
     """One of the processes: what it finds goes to a file."""
+    end_with_parent()  # torchrun's processes are in sessions of their own
     kind, file = sys.argv[1:]
     world = join_world()
     device = torch.device("cuda", torch.cuda.current_device()) if kind == "cuda" else torch.device("cpu")

@@ -49,6 +49,7 @@ def make_trainer(
             "memvir": {
                 "loss": {"name": "Norm-SoftMax", "scale": 10.0},
                 "memvir": {"num_steps": 2, "step_gap": 1, "warm_up_epochs": 0},
+                "snapshots": [6],
             }
         },
     }

@@ -98,7 +98,7 @@ def write_images(source: Path, classes: int, side: int) -> None:
             pattern = Image.fromarray(random.integers(0, 256, (6, 6, 3), dtype=np.uint8)).resize((side, side))
             folder = source / split / f"class_{label:03d}"
             folder.mkdir(parents=True)
-            for number in range(8):
+            for number in range(6):
                 noise = random.normal(0, 40, (side, side, 3))
                 pixels = np.clip(np.asarray(pattern) + noise, 0, 255).astype(np.uint8)
                 Image.fromarray(pixels).save(folder / f"{number}.jpg")

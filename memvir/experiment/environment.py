@@ -26,8 +26,8 @@ def set_up_device(runtime: Runtime) -> "torch.device":
     import torch
 
     name = runtime.device
-    if name == "auto" or (name.startswith("cuda") and "WORLD_SIZE" in os.environ):  # each process has one of its own
-        name = f"cuda:{torch.cuda.current_device()}" if torch.cuda.is_available() else "cpu"
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     device = torch.device(name)
     if device.type == "cuda":
         if (device.index or 0) >= torch.cuda.device_count():
@@ -36,13 +36,14 @@ def set_up_device(runtime: Runtime) -> "torch.device":
             count = torch.cuda.device_count()
             why = f"{count} GPUs" if count else f"none ({no_gpu()})"
             raise UserError(f"runtime.device: {name} asked for, but torch sees {why}; use auto or cpu")
+        if device.index is None or "WORLD_SIZE" in os.environ:  # of several processes each has a GPU of its own
+            device = torch.device("cuda", torch.cuda.current_device())
+        torch.cuda.set_device(device)
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is deterministic with this alone
         torch.use_deterministic_algorithms(runtime.deterministic, warn_only=True)
         torch.backends.cudnn.benchmark = not runtime.deterministic
         # a kernel for each new tensor, of which none is read before it is written
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
-        if device.index is not None:
-            torch.cuda.set_device(device)
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = runtime.tf32
     return device
 

@@ -6,4 +6,4 @@ the same bytes. Nothing here imports torch.
 
 from memvir.extras import require
 
-require("experiment")
+require("experiment", "pandas", "pydantic")
