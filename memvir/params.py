@@ -14,6 +14,7 @@ from memvir.experiment.paths import result_file, trials_file
 from memvir.experiment.settings import (
     TSNE_VARIANT,
     Recipe,
+    Resources,
     Run,
     Runtime,
     Training,
@@ -52,6 +53,20 @@ class Params(Section):
     def recipe(self, dataset: str) -> Recipe:
         """The recipe of a data set; UserError listing the recipes there are if it has none."""
         return _choose(self.recipes, dataset, "a recipe for data set")
+
+    def runtime_of(self, dataset: str) -> Runtime:
+        """`runtime`; on the CPU where `device: auto` meets a recipe whose `resources` say `gpus: 0`."""
+        resources = self.recipe(dataset).resources
+        if self.runtime.device == "auto" and "gpus" in resources.model_fields_set and not resources.gpus:
+            return self.runtime.model_copy(update={"device": "cpu"})
+        return self.runtime
+
+    def resources_of(self, dataset: str) -> Resources:
+        """What a run of the data set takes: of GPUs at least one for each of its processes."""
+        resources = self.recipe(dataset).resources
+        if not resources.gpus or self.runtime.processes == 1:
+            return resources
+        return resources.model_copy(update={"gpus": max(resources.gpus, float(self.runtime.processes))})
 
     def run(self, dataset: str, variant: str, seed: int) -> Run:
         """The complete settings of one run.

@@ -26,6 +26,10 @@ __all__ = ["Parser", "at_once", "exit_codes", "exit_interrupted", "one_line_erro
 if sys.argv[0] == "-m" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # `python -m stages.NAME` begins here: a Ctrl-C shows no traceback
 
+if "TORCHELASTIC_RUN_ID" not in os.environ:  # batch scripts set these for programs that torchrun does not start
+    for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        os.environ.pop(name, None)
+
 libraries.prepare()  # before any stage imports them
 
 ADVICE = {

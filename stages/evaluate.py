@@ -12,15 +12,15 @@ from stages import stage
 
 @stage
 def main(params: Params, dataset: str, variant: str, seed: int, model: Path | None) -> None:
-    run = params.run(dataset, variant, seed)
+    run, runtime = params.run(dataset, variant, seed), params.runtime_of(dataset)
     libraries.prepare(run.training.threads)
     from memvir.experiment import evaluation  # late: numerical libraries read their thread limits when imported
 
-    files = run_files(run, params.runtime)
+    files = run_files(run, runtime)
     if model is not None:
-        print(json.dumps(evaluation.evaluate_model(run, params.runtime, files, model), indent=2))
+        print(json.dumps(evaluation.evaluate_model(run, runtime, files, model), indent=2))
     else:
-        evaluation.evaluate_run(run, params.runtime, files, result_file(dataset, variant, seed))
+        evaluation.evaluate_run(run, runtime, files, result_file(dataset, variant, seed))
         for kept, file in (("history.csv", history_file), ("growth.csv", growth_file)):  # for a reader without the run
             write_text(file(dataset, variant, seed), (files.run / kept).read_text(encoding="utf-8"))
 

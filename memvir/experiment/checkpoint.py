@@ -174,12 +174,16 @@ def _in_host_memory(value: Any, gpus: set[torch.device]) -> Any:
 
 def prune(folder: Path, budget: float, keep: Callable[[Path], bool]) -> None:
     """Remove checkpoints below `folder`, the oldest first, until they take `budget` bytes; never those to keep."""
-    files = sorted(folder.rglob("*.pt"), key=lambda path: path.stat().st_mtime)
-    total = sum(path.stat().st_size for path in files)
-    for path in files:
+    found = []
+    for path in folder.rglob("*.pt"):
+        with contextlib.suppress(FileNotFoundError):  # runs that start together prune together
+            status = path.stat()
+            found.append((status.st_mtime, status.st_size, path))
+    total = sum(size for _, size, _ in found)
+    for _, size, path in sorted(found):
         if total > budget and not keep(path):
-            total -= path.stat().st_size
-            path.unlink()
+            total -= size
+            path.unlink(missing_ok=True)
             log.info("%s: removed, as checkpoints take more than runtime.checkpoint_gigabytes", path)
 
 

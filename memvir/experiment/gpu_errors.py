@@ -1,6 +1,7 @@
 """What a GPU does to a run, each kind as one line: its memory does not suffice, or it is gone."""
 
 import contextlib
+import logging
 import os
 import warnings
 from collections.abc import Iterator
@@ -9,6 +10,8 @@ import torch
 
 from memvir.errors import UserError
 from memvir.experiment.settings import Run
+
+log = logging.getLogger("memvir")
 
 AGAIN = "run the same command again, it goes on from its last checkpoint"
 
@@ -55,6 +58,12 @@ def memvir_bytes(run: Run, num_classes: int) -> tuple[int, int]:
     stored = 2 if run.memvir.storage_dtype == "bfloat16" else 4
     kept = slots * ((batch + num_classes) * dim * stored + anchors * (steps + 2) * 4 + batch * 8)
     return kept, 2 * steps * batch * num_classes * 4
+
+
+def warn_without_gpu(where: str) -> None:
+    """Say that runs whose `where` asks for a GPU will train on the CPU, if torch can use none."""
+    if not torch.cuda.is_available():
+        log.warning("%s asks for a GPU, and torch can use none (%s): this run trains on the CPU", where, no_gpu())
 
 
 def no_gpu() -> str:

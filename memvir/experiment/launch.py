@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import os
 import re
 import signal
 import sys
@@ -12,6 +13,8 @@ from memvir.experiment.gpu_errors import AGAIN
 
 LOST = re.compile(r"connection (was )?(reset|closed|refused)|broken pipe|remote (process|error)|by peer", re.IGNORECASE)
 """How gloo and nccl say that another process has gone."""
+PATIENCE = "86400"
+"""Seconds that torchrun gives its processes to save, which they do at the end of an epoch; 30 unless told."""
 
 
 def launch(processes: int, module: str, arguments: Sequence[str]) -> None:
@@ -19,11 +22,19 @@ def launch(processes: int, module: str, arguments: Sequence[str]) -> None:
 
     Raises UserError if one of them was killed, or exits with the code with which they ended.
     """
+    import torch
     from torch.distributed import run as torchrun
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
+    gpus = torch.cuda.device_count()
+    if 0 < gpus < processes:
+        raise UserError(
+            f"runtime.processes: {processes} processes of a run need a GPU each, and torch sees {gpus}; use fewer, or "
+            "give the run as many by its recipe's resources.gpus"
+        )
     logging.disable()  # what torchrun has to say is said below in one line
+    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", PATIENCE)
     command = ["--standalone", f"--nproc_per_node={processes}", "-m", module, *arguments]
     try:
         torchrun.run(torchrun.parse_args(command))

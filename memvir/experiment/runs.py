@@ -21,6 +21,7 @@ from memvir.experiment.gpu_errors import gpu_errors
 from memvir.experiment.history import to_csv
 from memvir.experiment.identity import of_run, short, with_seed
 from memvir.experiment.launch import lost_process
+from memvir.experiment.lock import in_turn
 from memvir.experiment.model_files import model_file, model_metadata
 from memvir.experiment.optimizer import continues
 from memvir.experiment.paths import RunFiles
@@ -59,7 +60,9 @@ def train_run(run: Run, runtime: Runtime, files: RunFiles) -> None:
         gpu_errors(run, num_classes),
         lost_process(world.size),
     ):
-        trainer = Trainer(run, open_training_data(run, runtime, files, index, device), device, weights, runtime, world)
+        with in_turn(files.scratch / f"{run.dataset}.lock", "decoding the same images"):
+            data = open_training_data(run, runtime, files, index, device)
+        trainer = Trainer(run, data, device, weights, runtime, world)
         if world.is_main:
             _prune(files, runtime)
         state = checkpoint.load(continues)

@@ -31,6 +31,7 @@ from memvir.sweep.local import Machine, run_command
 from memvir.sweep.plan import Job, Outcome
 
 TOKEN = Path("scratch") / "sweep-token"  # a node that can read this sweep's token works in the folder itself
+HEAD_STARTS_IN = 120.0  # seconds, at most
 DELIVER_EVERY = 60.0  # seconds, at most, between the checkpoints that a node without the folder sends home
 
 
@@ -186,6 +187,8 @@ class Cluster:
     Raises UserError if no cluster answers there, or if a run asks for more than any one node has.
     """
 
+    has_other_nodes = True
+
     def __init__(self, params: Params, address: str) -> None:
         self.params, self.here = params, Machine({}, available_cores())
         connect(address)
@@ -204,7 +207,7 @@ class Cluster:
         if not job.is_run:
             return self.here.start(job)
         dataset, variant, seed = job.option("dataset"), job.option("variant"), int(job.option("seed"))
-        needs = self.params.recipe(dataset).resources
+        needs = self.params.resources_of(dataset)
         data = [f"dataset/{dataset}/{part}" for part in ("index.csv", "images", "weights")]
         shipped = ["params.yaml", "memvir", "stages", *data]
         if dataset not in self.inputs:
@@ -244,19 +247,30 @@ def connect(address: str) -> None:
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     try:
-        if ":" in address:  # Ray itself would try for minutes
-            host, port = address.rsplit(":", 1)
-            socket.create_connection((host, int(port)), timeout=10).close()
+        if ":" in address:  # Ray itself would try for minutes, and say nothing
+            _knock(*address.rsplit(":", 1))
         ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
     except (OSError, ValueError, RuntimeError) as error:
         raise UserError(f"--address {address}: no Ray cluster answers there ({' '.join(str(error).split())})") from None
+
+
+def _knock(host: str, port: str) -> None:
+    """Wait for a head that is being started, as beside it in a batch script. Raises OSError if none comes."""
+    began = time.monotonic()
+    while True:
+        try:
+            return socket.create_connection((host, int(port)), timeout=10).close()
+        except ConnectionRefusedError:
+            if time.monotonic() - began > HEAD_STARTS_IN:
+                raise
+        time.sleep(1)
 
 
 def check_resources(params: Params) -> None:
     """UserError if a run asks for more than any one node has."""
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     for dataset in params.datasets:
-        needs = params.recipe(dataset).resources
+        needs = params.resources_of(dataset)
         if not any(needs.cpus <= node.get("CPU", 0) and needs.gpus <= node.get("GPU", 0) for node in nodes):
             there = " or ".join(sorted({f"{node.get('CPU', 0):g} and {node.get('GPU', 0):g}" for node in nodes}))
             raise UserError(

@@ -11,6 +11,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from queue import SimpleQueue
 
+from memvir.errors import UserError
 from memvir.experiment.settings import Resources
 from memvir.sweep.plan import Job, Outcome
 
@@ -22,6 +23,8 @@ class Machine:
         needs: what a run of each data set takes; other stages take a core. No more is taken than there is.
         most: so many stages at a time, or None.
     """
+
+    has_other_nodes = False
 
     def __init__(self, needs: Mapping[str, Resources], cores: int, gpus: Sequence[str] = (), most: int | None = None):
         self.cores, self.gpus, self.most = cores, gpus, most
@@ -120,9 +123,15 @@ def run_command(
 
 
 def visible_gpus() -> list[str]:
-    """The GPUs that this process may use, as CUDA_VISIBLE_DEVICES calls them."""
+    """The GPUs that this process may use, as CUDA_VISIBLE_DEVICES calls them. UserError if torch can use none."""
     import torch  # late: seconds, and only who asks for GPUs wants to know
 
-    count = torch.cuda.device_count()
+    count = torch.cuda.device_count()  # as the driver says, which may be too old for this torch
+    if count and not torch.cuda.is_available():
+        from memvir.experiment.gpu_errors import no_gpu
+
+        raise UserError(
+            f"there are {count} GPUs, and torch can use none ({no_gpu()}); runtime.device: cpu trains without them"
+        )
     named = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
     return named[:count] if len(named) >= count and named[0] else [str(number) for number in range(count)]

@@ -3,6 +3,8 @@
 import contextlib
 import math
 import re
+import signal
+from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from graphlib import TopologicalSorter
@@ -21,11 +23,15 @@ if TYPE_CHECKING:
     Executor = Machine | Cluster
 
 
+MOST_MOVES = 20
+
+
 def open_executor(params: Params, most: int | None, address: str | None) -> "Executor":
     """This machine, for `most` stages at a time, or the Ray cluster at `address`. UserError if there is none."""
-    needs = {dataset: params.recipe(dataset).resources for dataset in params.datasets}
+    needs = {dataset: params.resources_of(dataset) for dataset in params.datasets}
     if address is None:
-        gpus = visible_gpus() if any(need.gpus for need in needs.values()) else []
+        on_gpus = params.runtime.device != "cpu" and any(need.gpus for need in needs.values())
+        gpus = visible_gpus() if on_gpus else []
         return Machine(needs, available_cores(), gpus, most)
     try:
         from memvir.sweep.cluster import Cluster
@@ -48,6 +54,7 @@ class Sweep:
         self.graph.prepare()
         self.waiting: list[str] = []  # out of date, and what they read is made
         self.running: dict[Future[Outcome], str] = {}
+        self.moves: Counter[str] = Counter()
         self.failed: list[str] = []
         self.left_out: set[str] = set()  # what failed and what depends on it
         self.signals: list[int] = []
@@ -117,10 +124,22 @@ class Sweep:
             outcome = Outcome(1, " ".join(str(error).split())[:200]) if error else future.result()
             if outcome.code and self.signals:
                 continue  # it was told to stop
+            if self._goes_on_elsewhere(name, outcome):
+                continue
             problem = outcome.message if outcome.code else self.pipeline.finish(name)
             self._ended(name, problem)
             if not problem:
                 self.display.progress(f"{name} done ({self.display.done} of {self.display.total})")
+
+    def _goes_on_elsewhere(self, name: str, outcome: Outcome) -> bool:
+        """Whether a stage of a cluster has saved and ended because its node was told to, and so waits for another."""
+        told = outcome.code in [128 + number for number in (signal.SIGTERM, signal.SIGHUP)]
+        if not (told and self.executor and self.executor.has_other_nodes) or self.moves[name] == MOST_MOVES:
+            return False
+        self.moves[name] += 1
+        self.waiting.append(name)
+        self.display.say(f"{name}: its node was told to stop; it goes on elsewhere")
+        return True
 
     def _check(self) -> None:
         """Find what is out of date among the stages whose inputs are made, and restore what DVC's cache holds."""
@@ -159,11 +178,11 @@ class Sweep:
             self.left_out.add(name)
 
     def _length(self, job: Job) -> float:
-        """Which to start first: what others wait for, then long training, then evaluation."""
-        if not job.is_run:
+        """Which to start first: what others wait for and what tells early how runs do, then long training."""
+        if not job.name.startswith("train"):
             return math.inf
         run = self.params.run(job.option("dataset"), job.option("variant"), int(job.option("seed")))
-        return run.training.epochs if job.name.startswith("train") else 0
+        return run.training.epochs
 
 
 class Display:

@@ -105,3 +105,18 @@ def test_what_the_terminal_cannot_write_is_escaped_and_a_closed_stderr_is_no_err
     environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
     outcome = subprocess.run(shell, capture_output=True, env=environment, text=True)
     assert (outcome.returncode, outcome.stdout) == (0, "\\xb1\n")
+
+
+@pytest.mark.parametrize("by_torchrun", [False, True])
+def test_only_torchrun_says_how_many_processes_there_are(by_torchrun):
+    given = {
+        "WORLD_SIZE": "4",
+        "RANK": "0",
+        "MASTER_ADDR": "node",
+        **({"TORCHELASTIC_RUN_ID": "x"} if by_torchrun else {}),
+    }
+    code = "import os, stages; print(sorted({'WORLD_SIZE', 'RANK', 'MASTER_ADDR'} & os.environ.keys()))"
+    done = subprocess.run([sys.executable, "-c", code], env={**os.environ, **given}, capture_output=True, text=True)
+    assert done.stdout == (f"{sorted(given.keys() - {'TORCHELASTIC_RUN_ID'})}\n" if by_torchrun else "[]\n"), (
+        done.stderr
+    )

@@ -223,3 +223,12 @@ def test_a_pickle_with_code_in_a_checkpoint_is_not_executed(checkpoint, tmp_path
     with pytest.raises(pickle.UnpicklingError):
         checkpoint.load()
     assert not (tmp_path / "executed").exists()
+
+
+def test_runs_that_start_together_prune_together(tmp_path, monkeypatch):
+    for number in range(4):
+        (tmp_path / f"{number}.pt").write_bytes(bytes(100))
+    prune(tmp_path, 0, lambda path: path.unlink(missing_ok=True))  # another process is faster each time
+    assert not list(tmp_path.glob("*.pt"))
+    (tmp_path / "gone.pt").symlink_to(tmp_path / "nowhere")  # listed, and not there when asked for its size
+    prune(tmp_path, 0, lambda path: False)

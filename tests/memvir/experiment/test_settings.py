@@ -413,6 +413,32 @@ def test_a_recipe_that_promises_the_same_bytes_is_refused_what_is_not_known_to_g
         parse_params(raw)
 
 
+@pytest.mark.parametrize(
+    ("device", "resources", "expected"),
+    [
+        ("auto", None, "auto"),
+        ("auto", {"cpus": 1}, "auto"),
+        ("auto", {"gpus": 0}, "cpu"),
+        ("auto", {"gpus": 0.5}, "auto"),
+        ("cuda", {"gpus": 0}, "cuda"),
+    ],
+)
+def test_a_recipe_of_no_gpus_is_trained_on_the_cpu_unless_a_device_is_named(device, resources, expected):
+    raw = copy.deepcopy(tiny.params())
+    raw.setdefault("runtime", {})["device"] = device
+    if resources:
+        raw["tiny"]["resources"] = resources
+    assert parse_params(raw).runtime_of("tiny").device == expected
+
+
+@pytest.mark.parametrize(("processes", "gpus", "expected"), [(1, 0.5, 0.5), (4, 1, 4), (2, 3, 3), (4, 0, 0)])
+def test_each_process_of_a_run_takes_a_gpu(processes, gpus, expected):
+    raw = copy.deepcopy(tiny.params())
+    raw["tiny"]["resources"] = {"gpus": gpus}
+    raw.setdefault("runtime", {})["processes"] = processes
+    assert parse_params(raw).resources_of("tiny").gpus == expected
+
+
 # --- fuzz ---
 
 scalars = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8) | st.just(10**400)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from memvir.errors import UserError
 from memvir.experiment.settings import Resources
 from memvir.sweep import local
 from memvir.sweep.local import Machine
@@ -116,7 +117,18 @@ def test_gpus_are_called_as_cuda_visible_devices_calls_them(monkeypatch, visible
     if visible is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: count > 0)
     assert local.visible_gpus() == named
+
+
+def test_gpus_that_torch_cannot_use_are_an_error(monkeypatch):
+    import torch
+
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(UserError, match=r"^there are 8 GPUs, and torch can use none .CUDA_VISIBLE_DEVICES hides all.;"):
+        local.visible_gpus()
 
 
 STAGE = r"""

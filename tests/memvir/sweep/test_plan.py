@@ -64,6 +64,8 @@ class Pipeline:
 class Executor:
     """Has room for two; a stage ends when there is room no more, with the code that `codes` has for it."""
 
+    has_other_nodes = False
+
     def __init__(self, codes=None, act=lambda name: None):
         self.codes, self.act, self.begun, self.running, self.stopped = codes or {}, act, [], {}, 0
 
@@ -107,14 +109,15 @@ def test_nothing_out_of_date_starts_nothing_and_says_so(capsys):
     assert capsys.readouterr().err == "everything is up to date\n"
 
 
-def test_long_training_comes_first_and_everything_after_what_it_reads():
+def test_long_training_comes_first_an_evaluation_as_soon_as_it_can_and_everything_after_what_it_reads():
     begun = sweep(Pipeline(["prepare@tiny"]), Executor())
-    assert begun[:5] == [
+    assert begun[:6] == [
         "prepare@tiny",
         "train@tiny-memvir_norm_softmax-1",
         "train@tiny-memvir_norm_softmax-2",
+        "evaluate@tiny-memvir_norm_softmax-1",
+        "evaluate@tiny-memvir_norm_softmax-2",
         "train@tiny-norm_softmax-1",
-        "train@tiny-norm_softmax-2",
     ]
     assert begun[-1] == "tables@tiny" and len(begun) == 10
 
@@ -128,6 +131,33 @@ def test_what_the_cache_holds_is_restored_and_said_in_one_line(capsys):
     restored = ["train@tiny-norm_softmax-1", "evaluate@tiny-norm_softmax-1"]
     assert sweep(Pipeline(restored[:1], restored), Executor()) == ["tables@tiny"]
     assert f"restored from DVC's cache: {', '.join(restored)}\n" in capsys.readouterr().err
+
+
+class Cluster(Executor):
+    """Whose nodes are told to stop now and then: each stage of `codes` ends so once."""
+
+    has_other_nodes = True
+
+    def lines(self):
+        told = {name: self.codes.pop(name) for name in list(self.codes) if name in self.running}
+        for name, code in told.items():
+            self.running.pop(name).set_result(Outcome(code, "interrupted by SIGTERM"))
+        return super().lines()
+
+
+def test_a_stage_whose_node_is_told_to_stop_goes_on_elsewhere(capsys):
+    name = "train@tiny-norm_softmax-1"
+    begun = sweep(Pipeline([name]), Cluster({name: 128 + signal.SIGTERM}))
+    assert begun == [name, name, name.replace("train", "evaluate"), "tables@tiny"]
+    assert f"{name}: its node was told to stop; it goes on elsewhere\n" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("executor", [Executor, Cluster])
+def test_a_stage_that_fails_or_is_stopped_here_is_a_failure(executor):
+    name = "train@tiny-norm_softmax-1"
+    code = 1 if executor is Cluster else 128 + signal.SIGTERM
+    with pytest.raises(UserError, match=f"^1 stage failed: {name}"):
+        Sweep(Pipeline([name]), params(), lambda: executor({name: code})).run()
 
 
 def test_what_fails_is_named_and_all_that_does_not_depend_on_it_runs(capsys):
