@@ -8,7 +8,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 
 from memvir.reporting.aggregation import HEADLINE_METRICS, metric_title
-from memvir.reporting.figures import house_style, line_styles, new_figure, save_figure
+from memvir.reporting.figures import add_legend, house_style, line_styles, new_figure, save_figure
 from memvir.reporting.results import Line
 
 BAND = "lines: mean over seeds; bands: ± one sample standard deviation"
@@ -82,7 +82,7 @@ def _draw_curve(histories: Histories, lines: Sequence[Line], num_seeds: int, col
     axes.set_ylabel(_title(column) if column == "loss" else f"{metric_title(column)} on the test classes (%)")
     title = BAND if num_seeds > 1 else "one seed"
     title += "\nMemVir and its like: over what they add to the batch too" if column == "loss" else ""
-    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=2, title=title, title_fontsize=8)
+    add_legend(figure, axes, "outside lower center", 2, title=title, title_fontsize=8)
     save_figure(figure, stem)
 
 
@@ -119,7 +119,7 @@ def draw_growth(growths: Histories, histories: Histories, lines: Sequence[Line],
         upper, lower = figure.subplots(2, 1, sharex=True)
         if shown:
             _draw_steps(upper, lower, {line: runs[line.variant] for line in shown}, line_styles(lines))
-            figure.legend(*upper.get_legend_handles_labels(), loc="outside lower center", ncols=2)
+            add_legend(figure, upper, "outside lower center", 2)
         else:
             upper.text(0.5, 0.5, "no run has virtual classes or embeddings", ha="center", transform=upper.transAxes)
         upper.set_title("What the loss sees beside the batch")

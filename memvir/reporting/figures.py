@@ -11,10 +11,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 import matplotlib.style
+from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties, findSystemFonts, fontManager
 from matplotlib.ft2font import FT2Font
+from matplotlib.legend import Legend
 from matplotlib.text import Text
 
 from memvir.files import atomic_write
@@ -24,7 +26,7 @@ from memvir.reporting.results import CONTROL, Line
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 BASELINE_DASH = "--"
 WRAPPED_DASHES = ("-", "-.", (0, (5, 1, 1, 1, 1, 1)), (0, (12, 2)))
-CONTROL_DASH = ":"
+CONTROL_DASHES = (":", (0, (1, 3)), (0, (1, 5)), (0, (1, 1, 1, 4)))
 FONT = "DejaVu Sans"  # ships with Matplotlib: the same glyphs on every machine
 STYLE: dict[str, Any] = {
     "axes.grid": True,
@@ -54,6 +56,21 @@ def new_figure(width: float, height: float, layout: Literal["constrained"] | Non
     figure = Figure(figsize=(width, height), layout=layout)
     FigureCanvasAgg(figure)
     return figure
+
+
+def add_legend(figure: Figure, axes: Axes, place: Any, columns: int, **options: Any) -> Legend:
+    """The legend of `axes` outside of all, in as many as `columns` columns as the figure's width has room for; of small
+    letters rather than in a single column, which would leave the panels little height.
+    """
+    handles, labels = axes.get_legend_handles_labels()
+    sizes: list[tuple[int, int | None]] = [(number, None) for number in range(columns, 1, -1)]
+    sizes += [(min(2, columns), 8), (min(2, columns), 7)]
+    for number, size in sizes:
+        legend = figure.legend(handles, labels, loc=place, ncols=number, fontsize=size, **options)
+        if legend.get_window_extent(FigureCanvasAgg(figure).get_renderer()).width <= figure.bbox.width:
+            return legend
+        legend.remove()
+    return figure.legend(handles, labels, loc=place, ncols=1, **options)
 
 
 def save_figure(figure: Figure, stem: Path, dpi: float = 150) -> None:
@@ -125,20 +142,26 @@ def _escaped(letter: str) -> str:
 
 
 def line_styles(lines: Sequence[Line]) -> dict[str, dict[str, Any]]:
-    """variant -> colour and dash: a colour for each loss, dashed alone, solid in a wrapper, dotted for a control."""
+    """variant -> colour and dash: a colour for each loss, dashed alone, solid in a wrapper, dotted for a control; the
+    second wrapper and control of a loss have dashes of their own.
+    """
     families = list(dict.fromkeys(line.plain_loss for line in lines))
     styles: dict[str, dict[str, Any]] = {}
     for line in lines:
-        family = [other for other in lines if other.plain_loss == line.plain_loss and other.wrapper]
+        family = [other for other in lines if other.plain_loss == line.plain_loss and _kind(other) == _kind(line)]
+        dashes = _kind(line)
         styles[line.variant] = {
             "color": COLOURS[families.index(line.plain_loss) % len(COLOURS)],
-            "linestyle": WRAPPED_DASHES[family.index(line) % len(WRAPPED_DASHES)]
-            if line.wrapper
-            else CONTROL_DASH
-            if line.loss.endswith(CONTROL)
-            else BASELINE_DASH,
+            "linestyle": dashes[family.index(line) % len(dashes)],
         }
     return styles
+
+
+def _kind(line: Line) -> tuple:
+    """The dashes of its kind."""
+    if line.wrapper:
+        return WRAPPED_DASHES
+    return CONTROL_DASHES if line.loss.endswith(CONTROL) else (BASELINE_DASH,)
 
 
 def _compact(svg: bytes) -> bytes:

@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from memvir.errors import UserError
 from memvir.experiment.search_space import Study
 from memvir.experiment.settings import Recipe
-from memvir.reporting.figures import house_style, line_styles, new_figure, save_figure
+from memvir.reporting.figures import add_legend, house_style, line_styles, new_figure, save_figure
 from memvir.reporting.results import Line, table_lines
 
 SIDES = {"map": "validation classes", "train_map": "the classes that train"}
@@ -178,7 +178,7 @@ def _draw_values(made: Made, stem: Path) -> None:
     axes.set_xticks(range(len(places)), list(places))
     axes.set_xlabel(key)
     axes.set_ylabel("MAP on validation classes (%)")
-    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=2)
+    add_legend(figure, axes, "outside lower center", 2)
     save_figure(figure, stem)
 
 
@@ -195,7 +195,7 @@ def _draw_curves(made: Made, stem: Path) -> None:
         axes.set_xlabel("epoch")
         axes.set_xlim(left=0)
         axes.set_ylabel(f"MAP on {classes} (%)")
-    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=2)
+    add_legend(figure, axes, "outside lower center", 2)
     save_figure(figure, stem)
 
 

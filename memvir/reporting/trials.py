@@ -10,7 +10,7 @@ from matplotlib.ticker import FormatStrFormatter, LogLocator, NullFormatter
 
 from memvir.experiment.search_space import Choices, Range, Tuning
 from memvir.experiment.settings import Recipe
-from memvir.reporting.figures import COLOURS, house_style, new_figure, save_figure
+from memvir.reporting.figures import COLOURS, add_legend, house_style, new_figure, save_figure
 from memvir.reporting.results import Line, SearchSize, in_words, search_size
 from memvir.reporting.tables import Table
 
@@ -19,6 +19,8 @@ Trials = Mapping[str, pd.DataFrame]
 RUN = ["trial", "seed", "map", "chosen"]
 """The columns that are no settings."""
 COLUMNS = 3
+MARKERS = ("o", "^", "s")
+"""Of the first lines, of those whose colour is taken by then, and so on."""
 NO_SEARCH = "No search was made for these: see `origin` of each variant in params.yaml."
 
 
@@ -158,7 +160,7 @@ def draw_trials(tuning: Tuning, trials: Trials, lines: Sequence[Line], stem: Pat
             _draw_panel(panel, key, tuning.space.get(key), trials, shown)
         for panel in panels[len(keys) :]:
             panel.axis("off")
-        figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper center", ncols=len(shown))
+        add_legend(figure, panels[0], "outside upper center", len(shown))
         figure.supylabel("MAP on validation classes (%)")
         save_figure(figure, stem)
 
@@ -172,13 +174,14 @@ def _draw_panel(panel: Axes, key: str, what: Range | Choices | None, trials: Tri
         table = trials[line.variant]
         if key not in table:
             continue
-        beside = 0.16 * (number - (len(shown) - 1) / 2)
+        beside = min(0.16, 0.7 / len(shown)) * (number - (len(shown) - 1) / 2)
         places = table[key].map(choices.index) + beside if choices else table[key].astype(float)
-        colour = COLOURS[number % len(COLOURS)]
-        panel.plot(places, table["map"], "o", color=colour, markersize=3, alpha=0.5, label=line.title)
+        again, position = divmod(number, len(COLOURS))
+        colour, marker = COLOURS[position], MARKERS[again % len(MARKERS)]
+        panel.plot(places, table["map"], marker, color=colour, markersize=3, alpha=0.5, label=line.title)
         panel.plot(
             *(column[table["chosen"]] for column in (places, table["map"])),
-            "o",
+            marker,
             color=colour,
             markersize=9,
             fillstyle="none",

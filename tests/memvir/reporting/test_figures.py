@@ -237,6 +237,27 @@ def test_each_wrapper_of_a_loss_has_its_own_dash_and_the_colour_of_the_loss():
     assert len({style["linestyle"] for style in styles.values()}) == len(lines)
 
 
+def test_each_control_of_a_loss_has_its_own_dash():
+    lines = [Line("X", "X", "X", None), *(Line(name, name, f"X{figures.CONTROL}", "X") for name in "abcd")]
+    styles = figures.line_styles(lines)
+    assert len({style["linestyle"] for style in styles.values()}) == 5
+
+
+@pytest.mark.parametrize(("count", "rows"), [(2, 1), (12, 6), (24, 24)])
+def test_a_legend_is_no_wider_than_its_figure(count, rows):
+    with figures.house_style():
+        figure = figures.new_figure(6.4, 6.4)
+        axes = figure.subplots()
+        for number in range(count):
+            axes.plot([0, 1], label=f"Norm-SoftMax (control of wrapper {number})" + " and more" * 3 * (count == 24))
+        legend = figures.add_legend(figure, axes, "outside lower center", 2 if count > 2 else count)
+        figure.draw_without_rendering()
+    assert figure.legends == [legend]
+    box = legend.get_window_extent()
+    assert box.x0 >= 0 and box.x1 <= figure.bbox.width
+    assert len({round(text.get_window_extent().y0) for text in legend.get_texts()}) == rows
+
+
 def test_growth_without_any_memvir_run_says_so(tmp_path):
     curves.draw_growth({("plain", 1): GROWTHS["plain", 1]}, HISTORIES, LINES[:1], tmp_path / "growth")
     assert (tmp_path / "growth.png").exists()
