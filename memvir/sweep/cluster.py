@@ -30,8 +30,10 @@ from memvir.sweep import local, plan
 from memvir.sweep.local import Machine, run_command
 from memvir.sweep.plan import Job, Outcome
 
+log = logging.getLogger("memvir")
+
 TOKEN = Path("scratch") / "sweep-token"  # a node that can read this sweep's token works in the folder itself
-HEAD_STARTS_IN = 120.0  # seconds, at most
+HEAD_STARTS_IN = 120  # seconds, at most
 DELIVER_EVERY = 60.0  # seconds, at most, between the checkpoints that a node without the folder sends home
 
 
@@ -256,14 +258,16 @@ def connect(address: str) -> None:
 
 def _knock(host: str, port: str) -> None:
     """Wait for a head that is being started, as beside it in a batch script. Raises OSError if none comes."""
-    began = time.monotonic()
-    while True:
+    for second in range(HEAD_STARTS_IN):
         try:
             return socket.create_connection((host, int(port)), timeout=10).close()
         except ConnectionRefusedError:
-            if time.monotonic() - began > HEAD_STARTS_IN:
-                raise
+            if second == 0:
+                log.info(
+                    "%s:%s: nothing answers yet; waiting up to %d s for a Ray head to start", host, port, HEAD_STARTS_IN
+                )
         time.sleep(1)
+    socket.create_connection((host, int(port)), timeout=10).close()
 
 
 def check_resources(params: Params) -> None:

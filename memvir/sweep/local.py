@@ -1,5 +1,6 @@
 """Stage commands side by side on this machine, each in a process of its own."""
 
+import dataclasses
 import math
 import os
 import shlex
@@ -15,6 +16,9 @@ from memvir.errors import UserError
 from memvir.experiment.settings import Resources
 from memvir.sweep.plan import Job, Outcome
 
+GPU_FAILED = ": the GPU failed ("
+"""In the last line of a run whose GPU did, as `memvir.experiment.gpu_errors` has it."""
+
 
 class Machine:
     """Its cores and GPUs, and the stages at work on them.
@@ -27,8 +31,7 @@ class Machine:
     has_other_nodes = False
 
     def __init__(self, needs: Mapping[str, Resources], cores: int, gpus: Sequence[str] = (), most: int | None = None):
-        self.cores, self.gpus, self.most = cores, gpus, most
-        self.needs = {dataset: (min(need.cpus, cores), min(need.gpus, len(gpus))) for dataset, need in needs.items()}
+        self.needs, self.cores, self.gpus, self.most = needs, cores, list(gpus), most
         self.pool = ThreadPoolExecutor(4096)  # one for each stage at work, waiting for it
         self.running: dict[Future[Outcome], tuple[int, dict[str, float]]] = {}  # the cores and the shares of GPUs taken
         self.processes: set[subprocess.Popen[str]] = set()
@@ -63,7 +66,8 @@ class Machine:
     def _place(self, job: Job) -> tuple[int, dict[str, float]] | None:
         """The cores that a job takes now, and its share of each GPU that it gets; None if there is no room."""
         self.running = {future: taken for future, taken in self.running.items() if not future.done()}
-        cpus, share = self.needs[job.option("dataset")] if job.is_run else (1, 0.0)
+        need = self.needs[job.option("dataset")] if job.is_run else Resources()
+        cpus, share = min(need.cpus, self.cores), min(need.gpus, len(self.gpus))
         if len(self.running) == self.most or sum(taken for taken, _ in self.running.values()) + cpus > self.cores:
             return None
         free = dict.fromkeys(self.gpus, 1.0)
@@ -81,7 +85,13 @@ class Machine:
                 process.send_signal(signal.SIGTERM)
 
         environment = {"CUDA_VISIBLE_DEVICES": ",".join(gpus)} if gpus else {}
-        return run_command(job, Path.cwd(), environment, lambda line: self.printed.put((job, line)), started)
+        outcome = run_command(job, Path.cwd(), environment, lambda line: self.printed.put((job, line)), started)
+        if not (outcome.code and gpus and GPU_FAILED in outcome.message and set(self.gpus) - set(gpus)):
+            return outcome
+        # or it would be free soonest, each time, and every run would fail there
+        self.gpus = [gpu for gpu in self.gpus if gpu not in gpus]
+        self.printed.put((job, f"no other run is given GPU {', '.join(gpus)}"))
+        return dataclasses.replace(outcome, elsewhere=True)
 
 
 def run_command(

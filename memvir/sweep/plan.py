@@ -47,6 +47,8 @@ class Outcome:
     """The exit code."""
     message: str
     """Its last line, if it failed."""
+    elsewhere: bool = False
+    """Whether it may well succeed on another GPU."""
 
 
 class Pipeline:

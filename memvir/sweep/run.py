@@ -132,13 +132,15 @@ class Sweep:
                 self.display.progress(f"{name} done ({self.display.done} of {self.display.total})")
 
     def _goes_on_elsewhere(self, name: str, outcome: Outcome) -> bool:
-        """Whether a stage of a cluster has saved and ended because its node was told to, and so waits for another."""
+        """Whether a stage waits for another GPU, as its own failed, or for another node, as its own is to stop."""
         told = outcome.code in [128 + number for number in (signal.SIGTERM, signal.SIGHUP)]
-        if not (told and self.executor and self.executor.has_other_nodes) or self.moves[name] == MOST_MOVES:
+        stopped = told and self.executor is not None and self.executor.has_other_nodes
+        if not (outcome.elsewhere or stopped) or self.moves[name] == MOST_MOVES:
             return False
         self.moves[name] += 1
         self.waiting.append(name)
-        self.display.say(f"{name}: its node was told to stop; it goes on elsewhere")
+        why = "its node was told to stop" if stopped else outcome.message
+        self.display.say(f"{name}: {why}; it goes on elsewhere")
         return True
 
     def _check(self) -> None:

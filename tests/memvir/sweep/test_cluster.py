@@ -1,10 +1,12 @@
 """Where a node works: in the sweep's folder if it can see it, in a copy of its inputs if it cannot."""
 
 import shutil
+import socket
 import tarfile
 
 import pytest
 
+from memvir.errors import UserError
 from memvir.sweep import cluster
 
 
@@ -47,3 +49,25 @@ def test_outputs_that_lead_outside_the_folder_are_refused(root):
     with pytest.raises(tarfile.OutsideDestinationError):
         cluster.unpack(archive.read_bytes(), root)
     assert not (root.parent / "outside").exists()
+
+
+def test_a_head_that_is_being_started_is_waited_for_and_one_that_never_comes_is_an_error(monkeypatch, caplog):
+    head = socket.socket()
+    head.bind(("127.0.0.1", 0))
+    slept = []
+
+    def sleep(seconds):
+        slept.append(seconds)
+        if len(slept) == 3:
+            head.listen()
+
+    monkeypatch.setattr(cluster.time, "sleep", sleep)
+    host, port = head.getsockname()
+    with caplog.at_level("INFO", "memvir"):
+        cluster._knock(host, str(port))
+    assert len(slept) == 3 and caplog.messages == [
+        f"127.0.0.1:{port}: nothing answers yet; waiting up to 120 s for a Ray head to start"
+    ]
+    head.close()
+    with pytest.raises(UserError, match=f"^--address 127.0.0.1:{port}: no Ray cluster answers there"):
+        cluster.connect(f"127.0.0.1:{port}")

@@ -9,10 +9,13 @@ from pathlib import Path
 import pytest
 
 from memvir.errors import UserError
+from memvir.experiment.gpu_errors import gpu_errors
 from memvir.experiment.settings import Resources
+from memvir.params import parse_params
 from memvir.sweep import local
 from memvir.sweep.local import Machine
 from memvir.sweep.plan import Job
+from tests import tiny
 
 ROOT = Path(__file__).parents[3]
 
@@ -164,3 +167,23 @@ def test_when_the_sweep_is_killed_its_stages_save_and_end(tmp_path):
         assert fifo.readline() == "ready\n"
         sweep.kill()
         assert fifo.read() == "saved\n"  # to its end, which is the stage's
+
+
+def test_a_gpu_that_fails_gets_no_other_run_and_its_run_goes_on_elsewhere(machine_of):
+    run = parse_params(tiny.params()).run("tiny", "norm_softmax", 1)
+    with pytest.raises(UserError) as caught, gpu_errors(run, 6):
+        raise RuntimeError("CUDA error: uncorrectable ECC error encountered")
+    fails = job(f"import sys; sys.exit('error: {caught.value}')")
+    machine = machine_of({"gpus": 1}, 8, ["0", "1"])
+    first = machine.start(fails).result()
+    assert first.code == 1 and first.elsewhere and machine.gpus == ["1"]
+    assert "no other run is given GPU 0" in [line for _, line in machine.lines()]
+    assert machine.has_room(fails)
+    last = machine.start(fails).result()  # the only one that is left is kept: what fails there too is a failure
+    assert last.code == 1 and not last.elsewhere and machine.gpus == ["1"]
+
+
+def test_a_run_of_two_gpus_goes_on_with_the_one_that_is_left(machine_of):
+    machine = machine_of({"gpus": 2}, 8, ["0", "1"])
+    machine.gpus = ["1"]
+    assert machine.has_room(WAIT)

@@ -152,6 +152,20 @@ def test_a_stage_whose_node_is_told_to_stop_goes_on_elsewhere(capsys):
     assert f"{name}: its node was told to stop; it goes on elsewhere\n" in capsys.readouterr().err
 
 
+def test_a_stage_whose_gpu_failed_goes_on_elsewhere_but_not_for_ever(capsys):
+    class FaultyGpus(Executor):
+        def start(self, job):
+            future = super().start(job)
+            self.running.pop(job.name).set_result(Outcome(1, "error: the GPU failed", elsewhere=True))
+            return future
+
+    name, executor = "train@tiny-norm_softmax-1", FaultyGpus()
+    with pytest.raises(UserError, match=f"^1 stage failed: {name}"):
+        Sweep(Pipeline([name]), params(), lambda: executor).run()
+    assert executor.begun == [name] * 21
+    assert f"{name}: error: the GPU failed; it goes on elsewhere\n" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("executor", [Executor, Cluster])
 def test_a_stage_that_fails_or_is_stopped_here_is_a_failure(executor):
     name = "train@tiny-norm_softmax-1"
