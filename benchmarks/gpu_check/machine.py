@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from benchmarks.gpu_check.parts import Skipped
+
 DRIVER = Path("/proc/driver/nvidia/version")
 """There where NVIDIA's driver is loaded."""
 
@@ -40,7 +42,7 @@ def why_not() -> str:
     except ImportError:
         reason = "torch sees none" if torch.version.cuda else "this torch is built without CUDA"
     if DRIVER.exists() and "CUDA_VISIBLE_DEVICES" not in os.environ:
-        raise RuntimeError(
+        raise Skipped(
             f"this machine has a GPU that torch cannot use: {reason}; --device cpu tries the parts all the same"
         )
     return reason

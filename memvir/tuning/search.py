@@ -51,11 +51,12 @@ def search(params: Params, dataset: str, variant: str, jobs: int) -> pd.DataFram
     if tuning is None:
         raise UserError(f"{dataset}.tuning: missing; it says what a search tries")
     base = params.run(dataset, variant, tuning.seeds[0])
-    files = run_files(base, params.runtime_of(dataset))
+    runtime = params.runtime_of(dataset)
+    files = run_files(base, runtime)
     index = validation_index(read_index(files.index), tuning.validation_share, tuning.seed)
     space = Space(tuning, base)
-    folder = params.runtime_of(dataset).scratch / "tuning" / dataset / variant
-    counter = Counter(f"{dataset}/{variant}", tuning.runs, "trials", style=params.runtime_of(dataset).progress)
+    folder = runtime.scratch / "tuning" / dataset / variant
+    counter = Counter(f"{dataset}/{variant}", tuning.runs, "trials", style=runtime.progress)
     lock = locked(folder.with_name(f"{variant}.lock"), "at this search")
     with lock, counter, processes(jobs, base.training.threads) as pool:
         study = open_study(folder / f"{space.identity(files)}.log")
@@ -69,7 +70,7 @@ def search(params: Params, dataset: str, variant: str, jobs: int) -> pd.DataFram
             trials = [trial for key, trial in space.known(study).items() if key in by_key]
             runs = {trial.number: space.run(trial) for trial in trials if trial.state == TrialState.RUNNING}
             counter.add(len(wanted) - len(runs))
-            for number, value in side_by_side(pool, runs, params.runtime_of(dataset), files, index):
+            for number, value in side_by_side(pool, runs, runtime, files, index):
                 study.tell(number, value)
                 counter.add(1, f"MAP {value:.2%}, best {study.best_value:.2%}", now=True)
 

@@ -41,17 +41,18 @@ def make_study(params: Params, dataset: str, name: str, jobs: int) -> pd.DataFra
     if recipe.tuning is None:
         raise UserError(f"{dataset}.tuning: missing; a study takes its validation classes from there")
     base = params.run(dataset, study.variants[0], study.seeds[0])
-    files = run_files(base, params.runtime_of(dataset))
+    runtime = params.runtime_of(dataset)
+    files = run_files(base, runtime)
     index = validation_index(read_index(files.index), recipe.tuning.validation_share, recipe.tuning.seed)
-    folder = params.runtime_of(dataset).scratch / "studies" / dataset
+    folder = runtime.scratch / "studies" / dataset
     split = f"{recipe.tuning.validation_share} {recipe.tuning.seed}"
     cells = [(cell, run, _place(folder, run, files, split)) for cell, run in _runs(params, dataset, name, study)]
-    counter = Counter(f"{dataset}/{name}", len(cells), "runs", style=params.runtime_of(dataset).progress)
+    counter = Counter(f"{dataset}/{name}", len(cells), "runs", style=runtime.progress)
     lock = locked(folder / f"{name}.lock", "making this study")
     with lock, counter, processes(jobs, base.training.threads) as pool:
         missing = [(run, path) for _, run, path in cells if not path.exists()]
         counter.add(len(cells) - len(missing))
-        made = [pool.submit(_make, run, params.runtime_of(dataset), files, index, path) for run, path in missing]
+        made = [pool.submit(_make, run, runtime, files, index, path) for run, path in missing]
         for future in as_completed(made):
             future.result()
             counter.add(1, now=True)

@@ -9,11 +9,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from filelock import FileLock, Timeout
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from memvir.errors import UserError
 from memvir.experiment.checkpoint import Checkpoint, prune
+from memvir.experiment.lock import in_turn
 
 IDENTITY = {"training.epochs": "3", "code": "abc"}
 
@@ -232,3 +234,14 @@ def test_runs_that_start_together_prune_together(tmp_path, monkeypatch):
     assert not list(tmp_path.glob("*.pt"))
     (tmp_path / "gone.pt").symlink_to(tmp_path / "nowhere")  # listed, and not there when asked for its size
     prune(tmp_path, 0, lambda path: False)
+
+
+def test_work_that_is_only_slower_at_once_is_done_in_turn_but_not_waited_for_for_ever(tmp_path, caplog):
+    path, other = tmp_path / "scratch" / "lock", FileLock(tmp_path / "scratch" / "lock")
+    with in_turn(path, "decoding"), pytest.raises(Timeout):
+        other.acquire(timeout=0)
+    with other, caplog.at_level("INFO", "memvir"), in_turn(path, "decoding", seconds=0):
+        assert other.is_locked
+    assert caplog.messages == [f"{path}: waiting for another process that is decoding"]
+    other.acquire(timeout=0)
+    other.release()
